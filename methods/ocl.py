@@ -1,0 +1,113 @@
+"""OCL: occlusion-based contrastive learning (Yang et al. 2025; its earlier version is MiCL).
+
+Two disjoint groups of patches of one image are two views of it. No decoder, no momentum encoder, no projector:
+the CLS feature of each group is contrasted within the batch, under the T-SP similarity (Eq. 1 to 3, Algorithm 1).
+
+Where the paper and the released code part:
+  kappa        Eq. 2 multiplies by kappa = 64; the code's constructor has 1/64, which is a division by 64.
+  temperature  Eq. 3 multiplies by a trainable tau; the code divides by a fixed 0.07.
+  patch embed  fixed at its random values (section 2.1); trained in the code.
+  negatives    Eq. 3's sum over 2B; Algorithm 1 and the code are a B x B cross-entropy. Both presets do the latter.
+Preset `paper` follows the text and Algorithm 1, `official` the code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sslbench.losses import cosine_matrix, cross_entropy_to, gather, tsp
+from sslbench.masking import random_split, split_kept
+from sslbench.method import Method, MethodConfig
+from sslbench.recipe import Augment
+from sslbench.views import normalise, random_resized_crop
+from sslbench.vit import VisionTransformer, initialise
+
+
+class OCLConfig(MethodConfig):
+    mask_ratio: float = Field(0.3, ge=0, lt=1)  # .3 for ViT-B, .4 for ViT-L (section 3)
+    kappa: float = Field(64.0, ge=0)
+    kappa_form: Literal["multiply", "divide"] = "multiply"
+    tau: Literal["learnable", "fixed"] = "learnable"
+    tau_init: float = Field(1 / 0.07, gt=0)  # the factor on the similarity; no initial value is published
+    tau_max: float = Field(100.0, gt=0)  # clamp of the learnable factor, as CLIP does; no clamp is published
+    freeze_patch_embed: bool = True
+    gather_negatives: bool = False  # the code contrasts within one device's batch (MiCL Table 3 says so)
+    mlp_head: Literal["none", "2-layer", "3-layer"] = "none"  # Table 4
+
+
+class OCL(Method):
+    Config = OCLConfig
+    presets = {
+        "paper": {},
+        "official": {"kappa_form": "divide", "tau": "fixed", "freeze_patch_embed": False},
+    }
+    couples_batch = True
+    pool = "cls"
+
+    def __init__(self, config: OCLConfig, encoder: VisionTransformer, augment: Augment) -> None:
+        super().__init__(config, encoder, augment)
+        if split_kept(encoder.n_patches, config.mask_ratio) < 1:
+            raise ValueError(
+                f"mask_ratio {config.mask_ratio} leaves no patch for each of the two groups of {encoder.n_patches}"
+            )
+        depth = {"none": 0, "2-layer": 2, "3-layer": 3}[config.mlp_head]
+        self.head = mlp_head(encoder.arch.dim, depth) if depth else nn.Identity()
+        initialise(self)
+        if config.freeze_patch_embed:
+            encoder.freeze_patch_embed()
+        if config.tau == "learnable":
+            self.log_scale = nn.Parameter(torch.tensor(math.log(config.tau_init)))
+
+    def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        a = self.augment
+        crops = random_resized_crop(images, self.encoder.image[0], a.crop_scale, a.flip, generator)
+        keep = random_split(len(images), self.encoder.n_patches, self.config.mask_ratio, generator)
+        return {"images": normalise(crops, a.mean, a.std), "keep": keep.to(images.device)}
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Row 2i and 2i + 1 of the encoder's batch are the two groups of image i; its CLS rows are the features."""
+        features = self.encoder(views["images"], views["keep"])[:, 0].unflatten(0, (-1, 2))
+        return {"m": self.head(features[:, 0]), "n": self.head(features[:, 1])}
+
+    def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The symmetric cross-entropy of Algorithm 1 over scaled T-SP similarities."""
+        m, n = outputs["m"], outputs["n"]
+        scale = self.scale()
+        if self.config.gather_negatives:
+            (all_m, first), (all_n, _) = gather(m), gather(n)
+            s_mn, s_nm = self.similarity(m, all_n), self.similarity(n, all_m)
+        else:
+            first, s_mn = 0, self.similarity(m, n)
+            s_nm = s_mn.T
+        nce = (cross_entropy_to(s_mn * scale, first) + cross_entropy_to(s_nm * scale, first)) / 2
+        return {"loss": nce, "nce": nce.detach(), "scale": torch.as_tensor(scale, device=nce.device).detach()}
+
+    def similarity(self, a: Tensor, b: Tensor) -> Tensor:
+        return tsp(cosine_matrix(a, b), self.config.kappa, self.config.kappa_form)
+
+    def scale(self) -> Tensor | float:
+        """The factor tau on the similarities (Eq. 3)."""
+        if self.config.tau == "fixed":
+            return self.config.tau_init
+        return self.log_scale.float().exp().clamp(max=self.config.tau_max)
+
+    def tokens_per_image(self) -> int:
+        return 2 * (split_kept(self.encoder.n_patches, self.config.mask_ratio) + 1)
+
+
+def mlp_head(dim: int, depth: int, hidden: int = 1024, out: int = 512) -> nn.Sequential:
+    """Table 4's head: hidden layers 1024 wide with GELU, output 512 without, BatchNorm after every layer.
+
+    Linear layers have no bias where BatchNorm follows and the last BatchNorm no affine, as in MoCo v3's heads.
+    """
+    widths = [dim] + [hidden] * (depth - 1)
+    layers: list[Any] = []
+    for a, b in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.GELU()]
+    layers += [nn.Linear(widths[-1], out, bias=False), nn.BatchNorm1d(out, affine=False)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,1 @@
+"""sslbench: self-supervised methods for Vision Transformers, compared fairly."""

@@ -1,0 +1,233 @@
+"""The command line: one short function a command; what it does lives in the module that it calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from .errors import Interrupted, RunFailed, UserError
+
+
+class Group(TyperGroup):
+    """Turns the suite's errors into one message on standard error and the exit status that fits."""
+
+    def invoke(self, ctx: Any) -> Any:
+        err = Console(stderr=True, highlight=False, soft_wrap=True)
+        try:
+            return super().invoke(ctx)
+        except UserError as e:
+            err.print(f"[bold red]error:[/] {_plain(e)}")
+            raise typer.Exit(2) from None
+        except RunFailed as e:
+            err.print(f"[bold red]run failed:[/] {_plain(e)}")
+            raise typer.Exit(1) from None
+        except Interrupted as e:
+            err.print(f"[bold yellow]interrupted:[/] {_plain(e)}")
+            raise typer.Exit(130) from None
+        except KeyboardInterrupt:
+            err.print("[bold yellow]interrupted[/]")
+            raise typer.Exit(130) from None
+
+
+def _plain(e: Exception) -> str:
+    return str(e).replace("[", "\\[")
+
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compare self-supervised methods for Vision Transformers: every number with its provenance, cost and interval.",
+)
+eval_app = typer.Typer(cls=Group, no_args_is_help=True, help="Evaluate a pre-trained encoder.")
+data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at data sets.")
+app.add_typer(eval_app, name="eval")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line; all else on standard error.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe, such as science.optim.lr=1e-3")]
+Run = Annotated[str | None, typer.Argument(help="Run folder, weights file or untrained:ARCH; the newest run if left out.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The folder to write to.")]
+
+
+def console(as_json: bool = False) -> Console:
+    """Where a command talks: standard output, unless that belongs to JSON."""
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+def answer(as_json: bool, value: Any) -> None:
+    if as_json:
+        print(json.dumps(value))
+
+
+@app.command()
+def quickstart(
+    minutes: Annotated[float, typer.Option(help="Wall time to spend, about; shared equally by the methods.")] = 4.5,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Pre-train every method on built-in images, evaluate each, write a report. Minutes on a laptop CPU."""
+    from .quickstart import quickstart as run
+
+    answer(as_json, run(minutes, seed, out, console(as_json)))
+
+
+@app.command()
+def pretrain(
+    method: str,
+    arch: Annotated[str | None, typer.Option(help="Such as vit_b16; `sslbench list archs`.")] = None,
+    data: Annotated[str | None, typer.Option(help="builtin, npz:PATH, folder:DIR, imagenet:DIR, or a name.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name or path; `sslbench list recipes`.")] = None,
+    preset: Annotated[str | None, typer.Option(help="paper or official, where the two part.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=0)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, over all devices.")] = None,
+    sets: Sets = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    devices: Annotated[int | None, typer.Option(min=1)] = None,
+    nodes: Annotated[int | None, typer.Option(min=1)] = None,
+    precision: Annotated[str | None, typer.Option(help="32, bf16, 16 or auto.")] = None,
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile")] = None,
+    out: Out = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, at no cost.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pre-train an encoder. The same command again resumes an unfinished run."""
+    from .pretrain import compose, dry, start
+
+    resolved = compose(
+        method,
+        recipe=recipe,
+        preset=preset,
+        sets=sets or [],
+        science={"arch": arch, "data": {"spec": data}, "epochs": epochs, "batch_size": batch_size, "seed": seed},
+        machine={"devices": devices, "nodes": nodes, "precision": precision, "compile": compile},
+    )
+    if dry_run:
+        answer(as_json, dry(resolved, console(as_json)))
+    else:
+        answer(as_json, start(resolved, out, console(as_json)))
+
+
+def _evaluate(kind: str, run: str | None, data: str | None, recipe: str | None, sets: Sets, seed: int, as_json: bool) -> None:
+    from .evaluate.run import eval_recipe, evaluate_named
+
+    answer(as_json, evaluate_named(eval_recipe(kind, recipe, sets or []), run, data, seed, console(as_json)))
+
+
+EvalData = Annotated[str | None, typer.Option("--data", help="Labelled data; the run's own if left out.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="Name or path of an eval recipe.")]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+
+
+@eval_app.command("knn")
+def eval_knn(
+    run: Run = None, data: EvalData = None, recipe: RecipeName = None, sets: Sets = None, seed: Seed = 0, as_json: Json = False
+) -> None:
+    """Weighted k-nearest neighbours on frozen features."""
+    _evaluate("knn", run, data, recipe, sets, seed, as_json)
+
+
+@eval_app.command("linprobe")
+def eval_linprobe(
+    run: Run = None, data: EvalData = None, recipe: RecipeName = None, sets: Sets = None, seed: Seed = 0, as_json: Json = False
+) -> None:
+    """A linear classifier on frozen features."""
+    _evaluate("linprobe", run, data, recipe, sets, seed, as_json)
+
+
+@app.command()
+def report(
+    tables: Annotated[list[str] | None, typer.Argument(help="Such as ocl_t6; all if left out.")] = None,
+    out: Out = None,
+    format: Annotated[str, typer.Option("--format", help="Any of html,md,csv.")] = "html,md,csv",
+    as_json: Json = False,
+) -> None:
+    """Every measured number beside the reported one, as a page; or one table in the terminal."""
+    from .report.page import report as run
+
+    answer(as_json, run(tables or [], out, format, console(as_json)))
+
+
+@app.command()
+def bench(
+    methods: Annotated[list[str] | None, typer.Argument(help="All if left out.")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="vit_ti4 if left out; may be given again.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2)] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="auto if left out; may be given again.")] = None,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile")] = False,
+    seconds: Annotated[float, typer.Option(help="Time to measure each for.")] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Images a second, share of this machine's matmul peak, memory, data wait."""
+    from .bench import bench as run
+
+    answer(as_json, run(methods or [], arch or ["vit_ti4"], batch_size, precision or ["auto"], compile, seconds, console(as_json)))
+
+
+@app.command()
+def export(
+    run: str,
+    format: Annotated[str, typer.Option("--format", help="timm or safetensors.")] = "timm",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """The encoder as a file that others load."""
+    from .export import export as do
+
+    answer(as_json, do(run, format, out, console(as_json)))
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, recipes, archs, tables or runs")],
+    as_json: Json = False,
+) -> None:
+    """What there is."""
+    from .listing import listing
+
+    answer(as_json, listing(what, console(as_json)))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, what is missing, and what to do about it."""
+    from .doctor import doctor as run
+
+    answer(as_json, run(console(as_json)))
+
+
+@data_app.command("check")
+def data_check(spec: str, as_json: Json = False) -> None:
+    """Decode every image; say what was found and what cannot be read. Exit status 2 where a run would refuse it."""
+    from .listing import show_check
+
+    found = show_check(spec, console(as_json))
+    answer(as_json, found)
+    if not found["ok"]:
+        raise typer.Exit(2)
+
+
+@data_app.command("list")
+def data_list(as_json: Json = False) -> None:
+    """The kinds of data SPEC, and what $SSLBENCH_DATA holds."""
+    from .listing import show_data
+
+    answer(as_json, show_data(console(as_json)))
+
+
+def main() -> None:
+    """The `sslbench` command."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    app()

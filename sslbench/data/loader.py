@@ -1,0 +1,195 @@
+"""Batches in an order that is a function of (seed, epoch, step) alone, so that a resumed run sees what it would have."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import RunFailed
+from ..views import crop_boxes, resize_centre
+from .sources import FolderImages, ImageSet, MemoryImages
+
+CORRUPT_LIMIT = 0.001  # the share of a data set's files that may be unreadable
+
+
+def seed_of(*key: int | str) -> int:
+    """A 63-bit seed that is a function of the key, well mixed."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of n images that an epoch reads."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("order", seed, epoch)))
+
+
+class MicroBatches:
+    """This rank's micro-batches, uint8 on the device, from a step on to the end of the run.
+
+    Micro-batch j of a step's global batch belongs to rank j % world; `accumulation` of them make the step.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        *,
+        seed: int,
+        micro: int,
+        world: int,
+        accumulation: int,
+        rank: int,
+        device: torch.device,
+        crops: int,
+        image_size: int,
+        crop_scale: tuple[float, float],
+        workers: int,
+    ) -> None:
+        self.data, self.seed, self.device, self.rank = data, seed, device, rank
+        self.micro, self.world, self.accumulation = micro, world, accumulation
+        self.steps_per_epoch = len(data) // (micro * world * accumulation)
+        self.crop = (crops, image_size, crop_scale)
+        self.workers = workers
+        self.corrupt: set[int] = set()  # indices of files that could not be read
+        self.wait_s = 0.0  # host time spent waiting for data
+        if isinstance(data, MemoryImages):
+            self.resident = data.images.to(device)
+
+    def indices(self, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
+        """(epoch, indices) of each micro-batch of steps first .. last - 1."""
+        epoch, order = -1, torch.empty(0, dtype=torch.long)
+        for step in range(first, last):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(len(self.data), self.seed, epoch)
+            begin = step % self.steps_per_epoch * self.micro * self.world * self.accumulation
+            for a in range(self.accumulation):
+                start = begin + (a * self.world + self.rank) * self.micro
+                yield epoch, order[start : start + self.micro]
+
+    def __call__(self, first: int, last: int) -> Iterator[Tensor]:
+        if isinstance(self.data, MemoryImages):
+            for _, index in self.indices(first, last):
+                yield self.resident[index.to(self.device, non_blocking=True)]
+            return
+        loader = DataLoader(
+            _Decoded(self.data, self.seed, *self.crop),
+            batch_sampler=_Keys(self, first, last),
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            # The main process holds threads and, with a GPU, a CUDA context: forking it is not safe.
+            multiprocessing_context="forkserver" if self.workers else None,
+        )
+        batches = iter(loader)
+        for _ in range((last - first) * self.accumulation):
+            begin = time.perf_counter()
+            images, corrupt = next(batches)
+            self.wait_s += time.perf_counter() - begin
+            self._count(corrupt)
+            yield images.to(self.device, non_blocking=True)
+
+    def _count(self, corrupt: list[int]) -> None:
+        self.corrupt.update(corrupt)
+        if corrupt and len(self.corrupt) > CORRUPT_LIMIT * len(self.data):
+            assert isinstance(self.data, FolderImages)
+            first = self.data.root / self.data.files[min(self.corrupt)]
+            raise RunFailed(
+                f"{len(self.corrupt)} of {len(self.data)} images cannot be read, more than {CORRUPT_LIMIT:.1%}; the "
+                f"first is {first}; `sslbench data check` lists them all"
+            )
+
+
+class _Keys:
+    """The batch sampler: lists of (epoch, index)."""
+
+    def __init__(self, batches: MicroBatches, first: int, last: int) -> None:
+        self.batches, self.first, self.last = batches, first, last
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch, index in self.batches.indices(self.first, self.last):
+            yield [(epoch, i) for i in index.tolist()]
+
+
+class _Decoded(Dataset[tuple[Tensor, list[int]]]):
+    """(epoch, index) -> crops uint8 (V, 3, S, S), cut in the worker, their boxes a function of (seed, epoch, index)."""
+
+    def __init__(
+        self, data: FolderImages, seed: int, crops: int, size: int, scale: tuple[float, float]
+    ) -> None:
+        self.data, self.seed, self.crops, self.size, self.scale = data, seed, crops, size, scale
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, list[int]]:
+        epoch, index = key
+        image, corrupt = _readable(self.data, index)
+        generator = torch.Generator().manual_seed(seed_of("crop", self.seed, epoch, index))
+        boxes = torch.stack(crop_boxes(self.crops, (image.height, image.width), self.scale, generator), 1).long()
+        views = [
+            to_tensor(
+                image.crop((left, top, left + w, top + h)).resize((self.size, self.size), Image.Resampling.BICUBIC)
+            )
+            for top, left, h, w in boxes.tolist()
+        ]
+        return torch.stack(views), corrupt
+
+
+def _readable(data: FolderImages, index: int) -> tuple[Image.Image, list[int]]:
+    """The image at `index`, or at the next index that can be read, and the indices that could not."""
+    corrupt: list[int] = []
+    for i in range(index, index + len(data)):
+        try:
+            return data.read(i % len(data)), corrupt
+        except OSError:
+            corrupt.append(i % len(data))
+    raise RunFailed(f"no image of {data.root} can be read")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _collate(items: list[tuple[Tensor, list[int]]]) -> tuple[Tensor, list[int]]:
+    return torch.stack([x for x, _ in items]), [i for _, bad in items for i in bad]
+
+
+class _Centred(Dataset[tuple[Tensor, list[int]]]):
+    """index -> the evaluation view, uint8 (3, S, S): short side to S / 0.875, centre crop, as MAE evaluates."""
+
+    def __init__(self, data: FolderImages, size: int) -> None:
+        self.data, self.size = data, size
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[int]]:
+        image, corrupt = _readable(self.data, index)
+        short = int(self.size / 0.875)
+        scale = short / min(image.size)
+        # torchvision's Resize: the long side truncates; CenterCrop: the offset rounds.
+        w, h = (short if side == min(image.size) else int(side * scale) for side in image.size)
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+        left, top = round((w - self.size) / 2), round((h - self.size) / 2)
+        return to_tensor(image.crop((left, top, left + self.size, top + self.size))), corrupt
+
+
+def evaluation_batches(data: ImageSet, size: int, batch: int, device: torch.device, workers: int) -> Iterator[Tensor]:
+    """Every image once, in order: float (B, 3, size, size) in 0..255 on the device."""
+    if isinstance(data, MemoryImages):
+        for i in range(0, len(data), batch):
+            yield resize_centre(data.images[i : i + batch].to(device), size)
+        return
+    context = "forkserver" if workers else None
+    loader = DataLoader(
+        _Centred(data, size), batch, num_workers=workers, collate_fn=_collate, multiprocessing_context=context
+    )
+    corrupt: set[int] = set()
+    for images, bad in loader:
+        corrupt.update(bad)
+        if len(corrupt) > CORRUPT_LIMIT * len(data):
+            raise RunFailed(f"{len(corrupt)} of {len(data)} images of {data.root} cannot be read; see `sslbench data check`")
+        yield images.to(device, non_blocking=True).float()

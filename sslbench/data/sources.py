@@ -1,0 +1,215 @@
+"""Data sets by SPEC: `builtin`, `npz:PATH`, `folder:DIR`, `imagenet:DIR`, or a bare name under $SSLBENCH_DATA."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError, nearest
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+KINDS = ("builtin", "npz", "folder", "imagenet")
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+# Training images of sets that a plan may be asked about before they are on this machine.
+SIZES = {"imagenet": 1_281_167, "builtin": 4_000}
+
+
+@dataclass
+class MemoryImages:
+    """A small set, decoded: images uint8 (N, 3, H, W), labels int64 (N,) or None."""
+
+    name: str
+    split: str
+    images: Tensor
+    labels: Tensor | None
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """12 hex digits over every pixel and label."""
+        digest = hashlib.sha256(self.images.numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+
+@dataclass
+class FolderImages:
+    """A large set: files that workers decode. labels as MemoryImages'."""
+
+    name: str
+    split: str
+    root: Path
+    files: list[str]  # relative to root, sorted
+    labels: Tensor | None
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """12 hex digits over every file's relative path and size."""
+        digest = hashlib.sha256()
+        for f in self.files:
+            digest.update(f"{f}\0{(self.root / f).stat().st_size}\n".encode())
+        return digest.hexdigest()[:12]
+
+    def read(self, index: int) -> Image.Image:
+        """The decoded RGB image; raises OSError (PIL's errors are some) where the file is corrupt."""
+        try:
+            with Image.open(self.root / self.files[index]) as image:
+                return image.convert("RGB")
+        except (SyntaxError, ValueError, Image.DecompressionBombError) as e:  # PIL's other words for 'corrupt'
+            raise OSError(str(e)) from e
+
+
+ImageSet = MemoryImages | FolderImages
+
+
+def open_split(spec: str, split: str) -> ImageSet:
+    """The `train` or `val` split of a data SPEC. UserError says what was looked for and where."""
+    if "+" in spec:
+        raise UserError(f"data '{spec}': several data sets joined by '+' are not supported yet; name one")
+    kind, colon, where = spec.partition(":")
+    if kind == "builtin" and not colon:
+        return _builtin(split)
+    if not colon:
+        return _bare(spec, split)
+    if not where:
+        raise UserError(f"data '{spec}': say where, as {kind}:PATH")
+    path = Path(where).expanduser()
+    if kind == "npz":
+        return _npz(path, split)
+    if kind in ("folder", "imagenet"):
+        return _folder(kind, path, split)
+    raise UserError(f"data '{spec}': unknown kind '{kind}'{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
+
+
+def known_size(spec: str) -> int | None:
+    """Training images of a set that need not be on this machine; None where only a look can tell."""
+    return SIZES.get(spec.partition(":")[0])
+
+
+def _builtin(split: str) -> MemoryImages:
+    """4,000 + 1,000 images of CIFAR-10 (Krizhevsky 2009), class-balanced, in their official splits, lossless."""
+    with np.load(Path(__file__).parent / "builtin_cifar10.npz") as z:
+        blob, offsets, labels = z[f"{split}_strips"], z[f"{split}_offsets"], z[f"{split}_labels"]
+        classes = [str(c) for c in z["classes"]]
+    strips = [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes()))) for a, b in zip(offsets, offsets[1:], strict=False)]
+    images = torch.from_numpy(np.concatenate(strips).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2).contiguous()
+    return MemoryImages("builtin", split, images, torch.from_numpy(labels.astype(np.int64)), classes)
+
+
+def _npz(path: Path, split: str) -> MemoryImages:
+    """`images` uint8 (N, H, W, 3), and, where there are labels, `labels` (N,) and `classes`.
+
+    PATH: the train file, whose val file has `test` or `val` in place of `train`; or what both names begin with.
+    """
+    stem = str(path).removesuffix(".npz")
+    if "train" in path.name:
+        candidates = [Path(str(path.with_name(path.name.replace("train", word)))) for word in SPLITS[split]]
+    else:
+        candidates = [Path(f"{stem}_{word}.npz") for word in SPLITS[split]]
+        if split == "train" and path.is_file():
+            candidates = [path]
+    file = next((c for c in candidates if c.is_file()), None)
+    if file is None:
+        raise UserError(f"data 'npz:{path}': no {split} split; looked for {', '.join(map(str, candidates))}")
+    try:
+        with np.load(file, allow_pickle=False) as z:
+            images = z["images"]
+            labels = z["labels"] if "labels" in z else None
+            classes = [str(c) for c in z["classes"]] if "classes" in z else []
+    except (KeyError, ValueError, OSError) as e:
+        raise UserError(f"{file} is not an image archive: expected `images` uint8 (N, H, W, 3); {e}") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise UserError(f"{file}: `images` must be uint8 (N, H, W, 3), found {images.dtype} {images.shape}")
+    if labels is not None and labels.shape != (len(images),):
+        raise UserError(f"{file}: {len(images)} images but labels of shape {labels.shape}")
+    from ..recipe import data_name
+
+    return MemoryImages(
+        data_name(f"npz:{path}"),
+        split,
+        torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
+        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
+        classes or ([] if labels is None else [str(i) for i in range(int(labels.max()) + 1)]),
+    )
+
+
+def _folder(kind: str, path: Path, split: str) -> FolderImages:
+    """ImageFolder: PATH/train and PATH/val, each with a folder a class. Without class folders: no labels."""
+    if not path.is_dir():
+        raise UserError(f"data '{kind}:{path}': no such folder")
+    root = next((path / word for word in SPLITS[split] if (path / word).is_dir()), None)
+    if root is None:
+        raise UserError(
+            f"data '{kind}:{path}': no {split} split; expected {path}/{SPLITS[split][0]}/CLASS/IMAGE, "
+            f"found {_listing(path)}"
+        )
+    files = sorted(
+        os.path.relpath(os.path.join(folder, f), root)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for f in names
+        if os.path.splitext(f)[1].lower() in EXTENSIONS
+    )
+    if not files:
+        raise UserError(f"data '{kind}:{path}': no images under {root} (looked for {', '.join(sorted(EXTENSIONS))})")
+    parents = [f.split(os.sep)[0] if os.sep in f else "" for f in files]
+    classes = sorted(set(parents))
+    if kind == "imagenet" and len(classes) != 1000:
+        raise UserError(
+            f"data 'imagenet:{path}': {len(classes)} class folders in {root}, ImageNet-1K has 1000; "
+            f"for another set of classes use folder:{path}"
+        )
+    labels = None
+    if "" not in classes:
+        # Both splits count classes by the same names: val's folders are looked up among train's.
+        names = classes if split == "train" else _class_names(path) or classes
+        unknown = sorted(set(classes) - set(names))
+        if unknown:
+            raise UserError(f"data '{kind}:{path}': {split} has classes that train lacks: {', '.join(unknown[:5])}")
+        index = {c: i for i, c in enumerate(names)}
+        labels, classes = torch.tensor([index[p] for p in parents]), names
+    name = "imagenet" if kind == "imagenet" else path.resolve().name
+    return FolderImages(name, split, root, files, labels, classes if labels is not None else [])
+
+
+def _class_names(path: Path) -> list[str]:
+    train = next((path / word for word in SPLITS["train"] if (path / word).is_dir()), None)
+    return sorted(d.name for d in train.iterdir() if d.is_dir()) if train else []
+
+
+def _bare(name: str, split: str) -> ImageSet:
+    """NAME as a folder, or as NAME_train.npz, under $SSLBENCH_DATA."""
+    kind = "imagenet" if name == "imagenet" else "folder"
+    root = os.environ.get("SSLBENCH_DATA")
+    if root and (Path(root) / name).is_dir():
+        return _folder(kind, Path(root) / name, split)
+    if root and (Path(root) / f"{name}_train.npz").is_file():
+        return _npz(Path(root) / name, split)
+    looked = f"looked for {Path(root) / name}" if root else "SSLBENCH_DATA is not set"
+    near = "" if name == "imagenet" else nearest(name, KINDS) if "_" not in name else ""
+    raise UserError(
+        f"data set '{name}' not found ({looked}){near if near.startswith('; did') else ''}. "
+        f"Point to it with --data {kind}:DIR (DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE), or set SSLBENCH_DATA to "
+        f"the folder that holds '{name}'. `--data builtin` and `sslbench quickstart` run now, with no download"
+    )
+
+
+def _listing(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    return (", ".join(names[:5]) + (", ..." if len(names) > 5 else "")) or "an empty folder"

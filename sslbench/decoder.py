@@ -1,0 +1,43 @@
+"""The light decoder that the masked-image methods share (MAE: He et al. 2022, section 3)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from .vit import VisionTransformer, sincos_positions, take
+
+
+class Decoder(nn.Module):
+    """Visible tokens -> pixels of the masked patches."""
+
+    def __init__(self, encoder: VisionTransformer, dim: int = 512, depth: int = 8, heads: int = 16) -> None:
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.embed = nn.Linear(encoder.arch.dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_positions(dim, encoder.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
+        self.norm = norm(dim)
+        self.pred = nn.Linear(dim, encoder.arch.patch**2 * 3)
+
+    def forward(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """tokens (B, 1 + K, D) of the visible patches order[:, :K] -> (B, N, P) pixels of every patch, shuffled.
+
+        Row j of the answer is patch order[:, j]: the rows from K on are the masked patches, the only ones that
+        MAE's loss looks at. Attention does not care for the order of its tokens, so none is restored: positions
+        are shuffled instead, which costs one gather where MAE's code has two.
+        """
+        x = self.embed(tokens)
+        b, t, d = x.shape
+        masked = self.mask_token.expand(b, order.shape[1] + 1 - t, -1).to(x.dtype)
+        positions = take(self.pos_embed[:, 1:].expand(b, -1, -1), order)
+        x = torch.cat([x[:, :1], torch.cat([x[:, 1:], masked], dim=1) + positions], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, 1:]))

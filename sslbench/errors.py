@@ -1,0 +1,27 @@
+"""The two ways a command can end badly: the user's input (exit 2) or the run itself (exit 1)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The input is wrong. The message says what, where, and what to do; exit status 2."""
+
+
+class RunFailed(Exception):
+    """The run failed although the input was fine; the run folder says why; exit status 1."""
+
+
+class Interrupted(Exception):
+    """The run was stopped from outside and can be resumed; exit status 130."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`'; did you mean X?'`, or the list of what is known when nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""

@@ -1,0 +1,161 @@
+"""What is evaluated, and its frozen features."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from ..data import ImageSet, open_split
+from ..data.loader import evaluation_batches, seed_of
+from ..errors import UserError
+from ..paths import home
+from ..train.loop import read_run
+from ..train.state import sha256_file, write_atomically
+from ..views import normalise
+from ..vit import VisionTransformer, get_arch, initialise, pool_tokens
+
+POOLS = ("cls", "mean", "mean_all")
+
+
+@dataclass
+class Subject:
+    """An encoder under test, and where it comes from."""
+
+    encoder: VisionTransformer
+    sha256: str
+    arch: str
+    pool: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    run: dict[str, Any]  # its run.json, {} where there is none
+    path: Path | None
+    epochs: int | None = None
+    batch: int | None = None
+    method: str = "untrained"
+    data: str | None = None  # the SPEC it was pre-trained on
+
+
+def newest_run(root: Path | None = None) -> Path:
+    """The pre-training run that finished last."""
+    finished = []
+    for path in (root or home() / "runs").glob("*/run.json"):
+        run = read_run(path.parent)
+        if run.get("status") == "finished" and (path.parent / "weights.safetensors").is_file():
+            finished.append((run["updated"], path.parent))
+    if not finished:
+        raise UserError(
+            f"no finished pre-training run under {root or home() / 'runs'}; `sslbench pretrain ocl --data builtin` "
+            f"makes one, or name a run folder or a weights file"
+        )
+    return max(finished)[1]
+
+
+def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subject:
+    """RUN -> the encoder to evaluate: a run folder, a weights file, or `untrained:ARCH` (random weights by seed)."""
+    kind, colon, name = run.partition(":")
+    if kind == "untrained" and colon:
+        return _untrained(name, seed, image_size)
+    if colon and not Path(run).exists():
+        raise UserError(f"'{run}': give a run folder, a weights file, or untrained:ARCH")
+    path = Path(run)
+    if not path.exists() and (home() / "runs" / run).is_dir():
+        path = home() / "runs" / run
+    info: dict[str, Any] = {}
+    if path.is_dir():
+        info = read_run(path)
+        if info.get("status") != "finished":
+            state = info.get("status", "no run")
+            raise UserError(f"{path} holds no finished run ({state}); finish it with the command that started it")
+        path = path / "weights.safetensors"
+    if not path.is_file():
+        raise UserError(f"no run folder and no weights file at {run}; `sslbench list runs` shows what there is")
+    return _from_file(path, info)
+
+
+def _untrained(arch: str, seed: int, image_size: int | None) -> Subject:
+    torch.manual_seed(seed_of("weights", seed))
+    encoder = VisionTransformer(get_arch(arch), image_size)
+    initialise(encoder)
+    from ..recipe import Augment, digest
+
+    a = Augment()
+    return Subject(encoder, digest(["untrained", arch, seed, encoder.image]), arch, "cls", a.mean, a.std, {}, None)
+
+
+def _from_file(path: Path, info: dict[str, Any]) -> Subject:
+    try:
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is not a safetensors file ({e})") from None
+    if "arch" not in meta:
+        raise UserError(f"{path} does not say which arch it is; give weights that `sslbench pretrain` wrote")
+    encoder = VisionTransformer(get_arch(meta["arch"]), int(meta["image_size"]))
+    load_exactly(encoder, tensors, path)
+    science: dict[str, Any] = {}
+    if (recipe := path.parent / "recipe.yaml").is_file():
+        from ..recipe import load_yaml
+
+        science = load_yaml(recipe)["science"]
+    return Subject(
+        encoder,
+        sha256_file(path),
+        meta["arch"],
+        meta.get("pool", "cls"),
+        tuple(json.loads(meta["mean"])),
+        tuple(json.loads(meta["std"])),
+        info,
+        path,
+        science.get("epochs"),
+        science.get("batch_size"),
+        meta.get("method", "unknown"),
+        science.get("data", {}).get("spec"),
+    )
+
+
+def load_exactly(encoder: VisionTransformer, tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        encoder.load_state_dict(tensors)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(f"{path} does not fit its arch: {reason}") from None
+
+
+@torch.inference_mode()
+def extract(
+    subject: Subject, data: ImageSet, device: torch.device, workers: int, batch: int = 250
+) -> dict[str, Tensor]:
+    """{pool: features (N, D) float32 on the CPU} of every image, one pass for all pools; cached by weights and data."""
+    size = subject.encoder.image[0]
+    name = f"{subject.sha256[:16]}_{data.fingerprint}_{data.split}_{size}.safetensors"
+    cache = home() / "runs" / ".features" / name
+    if cache.is_file():
+        return load_file(cache)
+    encoder = subject.encoder.to(device).eval()
+    parts: dict[str, list[Tensor]] = {pool: [] for pool in POOLS}
+    for images in evaluation_batches(data, size, batch, device, workers):
+        tokens = encoder(normalise(images, subject.mean, subject.std))
+        for pool in POOLS:
+            parts[pool].append(pool_tokens(tokens, pool).float().cpu())
+    features = {pool: torch.cat(p) for pool, p in parts.items()}
+    write_atomically(cache, safetensors_bytes(features))
+    return features
+
+
+def both_splits(spec: str) -> tuple[ImageSet, ImageSet]:
+    """Train and val of a labelled data set."""
+    train, val = open_split(spec, "train"), open_split(spec, "val")
+    if train.labels is None or val.labels is None:
+        raise UserError(f"data '{spec}' has no labels; an evaluation needs a folder a class, or `labels` in the npz")
+    return train, val
+
+

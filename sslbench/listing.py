@@ -1,0 +1,140 @@
+"""`sslbench list` and `sslbench data`: what there is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .errors import UserError, nearest
+from .paths import bundled, home
+
+
+def listing(what: str, console: Console) -> list[dict[str, Any]]:
+    kinds = {"methods": _methods, "recipes": _recipes, "archs": _archs, "tables": _tables, "runs": _runs}
+    if what not in kinds:
+        raise UserError(f"nothing called '{what}' to list{nearest(what, kinds)}")
+    rows = kinds[what]()
+    show(rows, console)
+    if not rows:
+        console.print(f"no {what} yet")
+    return rows
+
+
+def show(rows: list[dict[str, Any]], console: Console, title: str | None = None) -> None:
+    """Rows as a table that wraps in 80 columns."""
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for key, value in rows[0].items():
+        table.add_column(key.replace("_", " "), justify="right" if isinstance(value, int | float) else "left")
+    for row in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in row.values()))
+    console.print(table, soft_wrap=False)
+
+
+def _methods() -> list[dict[str, Any]]:
+    from .method import methods
+
+    return [
+        {"method": name, "presets": ", ".join(c.presets), "what": (_module_doc(c)).split("\n")[0]}
+        for name, c in methods().items()
+    ]
+
+
+def _module_doc(cls: type) -> str:
+    import sys
+
+    return sys.modules[cls.__module__].__doc__ or ""
+
+
+def _recipes() -> list[dict[str, Any]]:
+    from .recipe import recipe_files
+
+    rows = []
+    for kind in ("pretrain", "eval"):
+        for name, path in recipe_files(kind).items():
+            first = path.read_text().splitlines()[0].removeprefix("# ")
+            rows.append({"recipe": name, "kind": kind, "command": first})
+    return rows
+
+
+def _archs() -> list[dict[str, Any]]:
+    import torch
+
+    from .vit import ARCHS, VisionTransformer, count_parameters
+
+    rows = []
+    for name, a in ARCHS.items():
+        with torch.device("meta"):
+            n = count_parameters(VisionTransformer(a))
+        rows.append({"arch": name, "blocks": a.depth, "dim": a.dim, "heads": a.heads, "patch": a.patch,
+                     "image": a.image, "parameters": n})  # fmt: skip
+    return rows
+
+
+def _tables() -> list[dict[str, Any]]:
+    import pandas as pd
+
+    rows = []
+    for path in sorted(bundled("results/paper").glob("*.csv"), key=_table_order):
+        frame = pd.read_csv(path, dtype=str)
+        rows.append({"table": path.stem, "numbers": int(frame["value"].notna().sum()),
+                     "metrics": ", ".join(sorted(frame["metric"].unique())[:3])})  # fmt: skip
+    return rows
+
+
+def _table_order(path: Path) -> tuple[str, int]:
+    paper, _, table = path.stem.partition("_t")
+    return paper, int(table) if table.isdigit() else 99
+
+
+def _runs() -> list[dict[str, Any]]:
+    from .train.loop import read_run
+
+    rows = []
+    for path in sorted((home() / "runs").glob("*/run.json")):
+        run = read_run(path.parent)
+        rows.append({"run": path.parent.name, "status": run.get("status"), "step": run.get("step"),
+                     "of": run.get("steps_total"), "updated": run.get("updated")})  # fmt: skip
+    return rows
+
+
+def show_check(spec: str, console: Console) -> dict[str, Any]:
+    from .data.check import check
+
+    found = check(spec)
+    for split, f in found["splits"].items():
+        size = " x ".join(map(str, f["median_size"] or []))
+        console.print(f"{split}: {f['images']:,} images, {f['classes']} classes, median size {size}, "
+                      f"fingerprint {f['fingerprint']}, {len(f['corrupt'])} unreadable")  # fmt: skip
+        for path in f["corrupt"]:
+            console.print(f"  cannot be read: {path}", markup=False)
+    if found["missing"]:
+        console.print(f"enough to pre-train, not to evaluate: {found['missing']}", markup=False)
+    if not found["ok"]:
+        console.print("more than 0.1 % of a split cannot be read: a run would stop. Replace or remove those files")
+    return found
+
+
+def show_data(console: Console) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"spec": "builtin", "what": "4,000 + 1,000 CIFAR-10 images that ship with the suite"},
+        {"spec": "npz:PATH", "what": "images uint8 (N, H, W, 3), labels; PATH_train.npz and PATH_test.npz"},
+        {"spec": "folder:DIR", "what": "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE"},
+        {"spec": "imagenet:DIR", "what": "the same, with ImageNet-1K's 1000 classes"},
+    ]
+    root = os.environ.get("SSLBENCH_DATA")
+    if root and Path(root).is_dir():
+        rows += [
+            {"spec": p.name.removesuffix("_train.npz"), "what": f"{p}"}
+            for p in sorted(Path(root).iterdir())
+            if p.is_dir() or p.name.endswith("_train.npz")
+        ]
+    show(rows, console)
+    if not root:
+        console.print("\nSSLBENCH_DATA is not set; with it, a bare name is looked up in that folder")
+    return rows

@@ -1,0 +1,96 @@
+"""Losses and similarities. All in float32 whatever the autocast: T-SP's slope near cos = 1 is 64.5."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def float32(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `f` outside autocast, its floating-point tensors as float32."""
+
+    @functools.wraps(f)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def up(x: Any) -> Any:
+            return x.float() if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        # The meta device (shapes alone, for counting) knows no autocast.
+        with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+            return f(*map(up, args), **{k: up(v) for k, v in kwargs.items()})
+
+    return wrapped
+
+
+@float32
+def normalise_patches(patches: Tensor) -> Tensor:
+    """MAE's norm_pix target: each patch centred and divided by sqrt(unbiased variance + 1e-6)."""
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
+
+
+@float32
+def patch_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """MAE's loss over the patches given, (B, M, P) both: squared error, mean over pixels, then over patches."""
+    return F.mse_loss(prediction, target)
+
+
+@float32
+def tsp(cosine: Tensor, kappa: float, form: str = "multiply") -> Tensor:
+    """T-SP similarity (OCL Eq. 2): 0.5 (1 + cos) / (1 + (1 - cos) k), in [0, 1].
+
+    form `multiply`: k = kappa, the equation. form `divide`: k = 1 / kappa, the released code (its constructor's
+    kappa is 1/64). The two are very different functions: at cos = .9 and kappa 64 they give .128 and .949.
+    """
+    k = kappa if form == "multiply" else 1.0 / kappa
+    return 0.5 * (1 + cosine) / (1 + (1 - cosine) * k)
+
+
+@float32
+def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
+    """(B, D), (C, D) -> (B, C). The norm has no epsilon, as in the papers' code: a zero feature is a bug to see."""
+    a = a / a.norm(dim=-1, keepdim=True)
+    b = b / b.norm(dim=-1, keepdim=True)
+    return a @ b.T
+
+
+@float32
+def cross_entropy_to(logits: Tensor, offset: int = 0) -> Tensor:
+    """Cross-entropy of (B, C) logits whose row i has its positive in column offset + i."""
+    target = torch.arange(offset, offset + logits.shape[0], device=logits.device)
+    return F.cross_entropy(logits, target)
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather along dim 0; the gradient of each rank's part is summed over ranks and comes back to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        grad = grad_outputs[0].contiguous()
+        dist.all_reduce(grad)
+        size = grad.shape[0] // dist.get_world_size()
+        return grad[dist.get_rank() * size :][:size]
+
+
+def gather(x: Tensor) -> tuple[Tensor, int]:
+    """All devices' rows of `x`, in rank order, and the index of this device's first row among them.
+
+    Differentiable: with the mean over devices that data parallelism takes of the gradients, a loss averaged over
+    local rows against gathered columns has the gradient of the whole batch's loss. One process: `x, 0`.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x, 0
+    return _Gather.apply(x), dist.get_rank() * x.shape[0]

@@ -1,0 +1,87 @@
+"""The plugin interface: one class a method, one file in `methods/`, found by looking."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from .errors import UserError, nearest
+from .paths import bundled
+from .recipe import Augment
+from .vit import VisionTransformer
+
+
+class MethodConfig(BaseModel):
+    """Every switch of a method, its defaults the paper's."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Method(nn.Module):
+    """What pre-trains an encoder. Shares the one ViT and the one trainer; knows nothing of devices or ranks."""
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
+    crops: ClassVar[int] = 1  # random crops of an image that build_views takes
+    couples_batch: ClassVar[bool] = False  # True: the loss compares images of a batch, so its size is science
+    pool: ClassVar[str] = "cls"  # the feature that evaluations read unless told: cls, mean or mean_all
+
+    def __init__(self, config: Any, encoder: VisionTransformer, augment: Augment) -> None:
+        super().__init__()
+        self.config, self.encoder, self.augment = config, encoder, augment
+
+    def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """uint8 images (B, 3, H, W) on the device -> what forward takes. Draws from `generator` only."""
+        raise NotImplementedError
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{"loss": the total, ...: each term}, float32 scalars."""
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """After the weights moved (EMA, memory bank); progress in [0, 1]."""
+
+    def tokens_per_image(self) -> int:
+        """Tokens that the encoder sees of one image in one step, for the plan."""
+        return self.encoder.n_patches + 1
+
+
+def _load(path: Path) -> list[type[Method]]:
+    name = "sslbench_method_" + path.stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    found = vars(sys.modules[name]).values()
+    return [c for c in found if isinstance(c, type) and issubclass(c, Method) and c.__module__ == name]
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method by name: each file in `methods/`, and the entry points of group `sslbench.methods`."""
+    found = {path.stem: c for path in sorted(bundled("methods").glob("*.py")) for c in _load(path)}
+    return found | {e.name: e.load() for e in entry_points(group="sslbench.methods")}
+
+
+def get_method(name: str) -> type[Method]:
+    """A method by name, or by `path/to/file.py:Class`."""
+    path, _, cls = name.rpartition(":")
+    if path.endswith(".py") and Path(path).is_file():
+        for c in _load(Path(path).resolve()):
+            if c.__name__ == cls:
+                return c
+        raise UserError(f"no Method named '{cls}' in {path}")
+    known = methods()
+    if name not in known:
+        raise UserError(f"unknown method '{name}'{nearest(name, known)}")
+    return known[name]

@@ -1,0 +1,111 @@
+"""`sslbench pretrain`: from the words of a command line to a recipe, a plan, and a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .data import known_size, open_split
+from .errors import UserError
+from .method import get_method
+from .paths import home
+from .recipe import Batch, Recipe, choose, data_name, dump, find_recipe, merge, parse_sets, read_tree, resolve
+
+
+def compose(
+    method: str,
+    *,
+    recipe: str | None = None,
+    preset: str | None = None,
+    sets: list[str] | None = None,
+    science: dict[str, Any] | None = None,
+    machine: dict[str, Any] | None = None,
+) -> Recipe:
+    """The recipe that is meant: a named or chosen file, then the preset, the flags that were given, and --set."""
+    get_method(method)
+    given = drop_none({"science": science or {}, "machine": machine or {}})
+    said = given.get("science", {})
+    if "arch" in said:
+        from .vit import get_arch
+
+        get_arch(said["arch"])
+    if recipe:
+        path = find_recipe(recipe)
+    else:
+        path = choose(method, said.get("arch"), said.get("data", {}).get("spec"))
+    tree = merge(read_tree(path), given)
+    named = tree.get("science", {}).get("method", {}).get("name")
+    if named != method:
+        if named is not None and ":" not in method:
+            raise UserError(f"recipe {path.stem} is for {named}, not {method}; leave --recipe out or name another")
+        tree = merge(tree, {"science": {"method": {"name": method}}})
+    if preset:
+        tree = merge(tree, {"science": {"method": {"preset": preset}}})
+    tree = merge(tree, parse_sets(sets or []))
+    name = f"{path.parent.name}/{path.stem}" if path.parent.name == method else path.stem
+    return resolve(tree, name)
+
+
+def drop_none(tree: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that nobody gave a value."""
+    out = {k: drop_none(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {k: v for k, v in out.items() if v is not None and v != {}}
+
+
+def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Print what would run. Builds the model on shapes alone, and needs no data."""
+    from .train.meter import build, flops_per_image
+    from .vit import count_parameters
+
+    with torch.device("meta"):
+        method = build(recipe)
+    s = recipe.science
+    batch = Batch.of(recipe)
+    images = known_size(s.data.spec)
+    if images is None:
+        images = len(open_split(s.data.spec, "train"))
+    per_epoch = images // batch.total
+    if per_epoch == 0:
+        raise UserError(f"a batch of {batch.total} is more than the {images} images of '{s.data.spec}'; use --batch-size")
+    flops = flops_per_image(recipe)
+    lr = s.optim.lr * s.batch_size / 256
+    facts = {
+        "encoder_parameters": count_parameters(method.encoder),
+        "parameters": count_parameters(method),
+        "tokens_per_image": method.tokens_per_image(),
+        "lr": lr,
+        "batch": batch.model_dump(),
+        "images": images,
+        "steps_per_epoch": per_epoch,
+        "steps": per_epoch * s.epochs,
+        "flops_per_image": flops,
+        "flops": flops * per_epoch * s.epochs * batch.total,
+        "hash": recipe.hash(),
+    }
+    console.print(dump(recipe), markup=False, end="")
+    console.print(f"\nencoder     {facts['encoder_parameters'] / 1e6:.1f}M parameters ({s.arch}), "
+                  f"{facts['parameters'] / 1e6:.1f}M with what is thrown away after")  # fmt: skip
+    views = method.tokens_per_image()
+    console.print(f"tokens      {views} an image in one step (a full image has {method.encoder.n_patches + 1})")
+    console.print(f"batch       {batch}")
+    if method.couples_batch:
+        console.print(f"contrast    {s.contrastive_batch or s.batch_size} images compared in one loss")
+    console.print(f"lr          {lr:.4g} = {s.optim.lr:g} x {s.batch_size} / 256")
+    console.print(f"steps       {facts['steps']:,} = {s.epochs} epochs x {per_epoch:,} ({images:,} images, last part dropped)")
+    console.print(f"compute     {flops / 1e9:.2f} GFLOP an image, {facts['flops']:.3g} FLOP in all")
+    console.print(f"hash        {recipe.hash()} of science; seed {s.seed}")
+    return {**facts, "recipe": recipe.model_dump(mode="json")}
+
+
+def start(recipe: Recipe, out: Path | None, console: Console) -> dict[str, str]:
+    """Run it, in `--out` or in runs/<name>."""
+    from .train.loop import pretrain, run_name
+
+    folder = out or home() / "runs" / run_name(recipe)
+    console.print(f"{recipe.method} {recipe.science.arch} on {data_name(recipe.science.data.spec)}, recipe {recipe.name}")
+    status = pretrain(recipe, folder, Console(stderr=True, highlight=False))
+    console.print(f"{status}: {folder}")
+    return {"run": str(folder), "status": "finished" if status == "already finished" else status}

@@ -1,0 +1,84 @@
+"""Where a number comes from: code, versions, hardware, cost. What cannot be measured is None, never a guess."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import resource
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@functools.cache
+def code() -> dict[str, Any]:
+    """{"commit", "dirty"} of the checkout that runs, or the version of the wheel, whose commit is unknown."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A wheel inside somebody else's checkout is not that checkout.
+    if not (root / "pyproject.toml").is_file() or git("rev-parse", "--show-toplevel") != str(root):
+        return {"commit": None, "dirty": None}
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("sslbench", "torch", "torchvision", "timm", "lightning-fabric", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def hardware(device: str = "cpu", devices: int = 1) -> dict[str, Any]:
+    """{"device", "devices", "threads"}: what the numbers were computed on."""
+    if device == "cuda":
+        return {"device": torch.cuda.get_device_name(), "devices": devices, "threads": torch.get_num_threads()}
+    return {"device": _cpu_name(), "devices": devices, "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_gib(device: str = "cpu") -> float:
+    """The device's peak allocation, or on a CPU the peak resident size of this process."""
+    if device == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**30 if platform.system() == "Darwin" else 2**20), 3)
+
+
+def bf16_is_fast(device: str) -> bool:
+    """Whether this device multiplies bf16 matrices faster than float32 ones, by what its maker built in."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
+    return any(
+        getattr(torch.cpu, f, bool)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )

@@ -1,0 +1,312 @@
+"""Recipe = science (all that may change a number) + machine (all that may not). The hash is of science alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError, nearest
+from .paths import bundled
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Augment(Strict):
+    """How a crop of an image becomes a view. Defaults: MAE's pre-training (crop (.2, 1), flip, ImageNet statistics)."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Augment:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError("crop_scale must be (low, high) with 0 < low <= high <= 1")
+        return self
+
+
+class Data(Strict):
+    spec: str = "imagenet"  # see `sslbench data list`
+    image_size: int | None = Field(None, gt=0)  # pixels a side of a view; None: the arch's own
+
+
+class Optim(Strict):
+    """AdamW and its schedule. Defaults: MAE's pre-training."""
+
+    lr: float = Field(1.5e-4, gt=0)  # base lr: the actual lr is lr x batch_size / 256
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0)  # not on biases, norms and other tensors of one dimension
+    warmup_epochs: float = Field(40, ge=0)
+    min_lr: float = Field(0.0, ge=0)  # where the cosine ends
+    clip_grad: float | None = Field(None, gt=0)  # largest gradient norm; None: no clipping
+
+
+class Science(Strict):
+    method: dict[str, Any]  # name, preset, and the method's own config
+    arch: str = "vit_b16"
+    data: Data = Data()
+    augment: Augment = Augment()
+    epochs: int = Field(800, ge=0)
+    batch_size: int = Field(4096, gt=0)  # images a step, over all devices and accumulation
+    contrastive_batch: int | None = Field(None, gt=0)  # images that one loss compares; None: the whole batch
+    optim: Optim = Optim()
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+# YAML reads 32 and 16 as numbers; the command line gives words.
+Precision = Annotated[Literal["auto", "32", "bf16", "16"], BeforeValidator(str)]
+
+
+class Machine(Strict):
+    devices: int = Field(1, gt=0)
+    nodes: int = Field(1, gt=0)
+    precision: Precision = "auto"  # auto: bf16 where the device computes it faster, else 32
+    micro_batch: int | None = Field(None, gt=0)  # images a forward pass; None: as many as the batch allows
+    workers: int = Field(4, ge=0)  # that decode images; data sets that live in memory need none
+    compile: bool = False
+    log_every: int = Field(20, gt=0)  # steps; the only steps that wait for the device
+    save_every: int | None = Field(None, gt=0)  # steps between checkpoints; None: about every epoch
+    tensorboard: bool = True
+
+
+class Recipe(Strict):
+    name: str
+    science: Science
+    machine: Machine = Machine()
+
+    @property
+    def method(self) -> str:
+        return self.science.method["name"]
+
+    @property
+    def preset(self) -> str:
+        return self.science.method["preset"]
+
+    def hash(self) -> str:
+        """12 hex digits of SHA-256 over science, without the seed (seeds of one recipe share a hash; the seed stands
+        beside it), without the preset's name (its values count) and without the folder that data lies in."""
+        science = self.science.model_dump(mode="json")
+        science.pop("seed")
+        science["method"].pop("preset")
+        science["data"]["spec"] = data_name(self.science.data.spec)
+        return digest(science)
+
+
+def digest(value: Any) -> str:
+    """12 hex digits that stand for a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+def data_name(spec: str) -> str:
+    """What a data SPEC is called in names and hashes: without the folder it lies in. `npz:/a/b.npz` -> `b`."""
+    parts = []
+    for part in spec.split("+"):
+        kind, _, where = part.partition(":")
+        name = Path(where).stem if kind in ("npz", "folder", "wds", "hfds") and where else kind
+        name = re.sub(r"_(train|test|val)$", "", name)
+        parts.append(re.sub(r"[^A-Za-z0-9.-]+", "-", name) or kind)
+    return "+".join(parts)
+
+
+class Batch(BaseModel):
+    """global batch = micro-batch x devices x accumulation, exactly."""
+
+    total: int
+    micro: int
+    world: int
+    accumulation: int
+
+    def __str__(self) -> str:
+        return f"{self.total} = {self.micro} per device x {self.world} device(s) x {self.accumulation} accumulation"
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Batch:
+        from .method import get_method
+
+        s, m = recipe.science, recipe.machine
+        world = m.devices * m.nodes
+        couples = get_method(recipe.method).couples_batch
+        gathers = couples and s.method.get("gather_negatives", False)
+        compared = s.contrastive_batch or s.batch_size
+        micro = m.micro_batch or s.batch_size // world
+        if couples:
+            micro = compared // world if gathers else compared
+            if m.micro_batch not in (None, micro):
+                raise UserError(
+                    f"machine.micro_batch={m.micro_batch}: {recipe.method} compares the images of a batch, and the "
+                    f"recipe says {compared} of them; a smaller pass would be another loss. Leave micro_batch out, or "
+                    f"set science.contrastive_batch={m.micro_batch} (a different number)"
+                )
+        accumulation = s.batch_size // (micro * world) if micro else 0
+        if not micro or micro * world * accumulation != s.batch_size:
+            raise UserError(
+                f"a batch of {s.batch_size} does not divide into {micro or compared} per device x {world} device(s) x "
+                f"a whole number of accumulation steps; change science.batch_size, machine.devices or "
+                f"{'science.contrastive_batch' if couples else 'machine.micro_batch'}"
+            )
+        return cls(total=s.batch_size, micro=micro, world=world, accumulation=accumulation)
+
+
+# ----------------------------------------------------------------------------------------------- reading and composing
+
+
+def recipe_files(kind: str = "pretrain") -> dict[str, Path]:
+    """Bundled recipes by name: `ocl/vit_l16_imagenet` in pretrain/, `knn` in eval/."""
+    root = bundled("recipes") / kind
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
+
+
+def find_recipe(name: str, kind: str = "pretrain") -> Path:
+    """A recipe file, by path or by the name (or the last part of the name) of one that ships with the suite."""
+    if name.endswith((".yaml", ".yml")):
+        if Path(name).is_file():
+            return Path(name)
+        raise UserError(f"no recipe file {name}")
+    known = recipe_files(kind)
+    matches = [p for n, p in known.items() if name in (n, n.rsplit("/", 1)[-1], f"{kind}/{n}")]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"recipe '{name}' is ambiguous: {', '.join(n for n, p in known.items() if p in matches)}")
+    raise UserError(f"unknown recipe '{name}'{nearest(name, known)}; `sslbench list recipes` shows all")
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not a YAML file: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not a recipe: expected a mapping with 'science' and 'machine'")
+    return tree
+
+
+def read_tree(path: Path, kind: str = "pretrain", seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe's mapping with `extends:` composed in. The child's keys win."""
+    if path in seen:
+        raise UserError(f"{path}: `extends` runs in a circle")
+    tree = load_yaml(path)
+    base = tree.pop("extends", None)
+    if base:
+        tree = merge(read_tree(find_recipe(str(base), kind), kind, (*seen, path)), tree)
+    return tree
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, mapping by mapping."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def parse_sets(pairs: list[str]) -> dict[str, Any]:
+    """['science.optim.lr=1e-3'] -> {'science': {'optim': {'lr': ...}}}"""
+    tree: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {pair}: expected KEY=VALUE, such as science.optim.lr=1e-3")
+        leaf: Any = yaml.safe_load(value) if value.strip() else None
+        for part in reversed(key.strip().split(".")):
+            leaf = {part: leaf}
+        tree = merge(tree, leaf)
+    return tree
+
+
+def resolve(tree: dict[str, Any], name: str) -> Recipe:
+    """A checked recipe with every default written out, the method's config included."""
+    recipe = validate(Recipe, {**tree, "name": name}, name)
+    from .method import get_method
+
+    given = dict(recipe.science.method)
+    if "name" not in given:
+        raise UserError(f"recipe {name}: science.method.name is missing")
+    method = get_method(str(given.pop("name")))
+    preset = str(given.pop("preset", "paper"))
+    if preset not in method.presets:
+        raise UserError(
+            f"recipe {name}: {recipe.method} has no preset '{preset}'{nearest(preset, method.presets)}"
+        )
+    config = validate(method.Config, {**method.presets[preset], **given}, name, "science.method.")
+    recipe.science.method = {"name": recipe.method, "preset": preset, **config.model_dump(mode="json")}
+    from .vit import get_arch
+
+    arch = get_arch(recipe.science.arch)
+    recipe.science.data.image_size = recipe.science.data.image_size or arch.image
+    if recipe.science.data.image_size % arch.patch:
+        raise UserError(
+            f"recipe {name}: science.data.image_size={recipe.science.data.image_size} is not a multiple of "
+            f"{recipe.science.arch}'s patch, {arch.patch}"
+        )
+    return recipe
+
+
+def validate(model: type[T], tree: dict[str, Any], name: str, prefix: str = "") -> T:
+    """`tree` as `model`, or a UserError that names every wrong key and the nearest known one."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as e:
+        lines = []
+        for error in e.errors():
+            key = prefix + ".".join(str(p) for p in error["loc"])
+            if error["type"] == "extra_forbidden":
+                lines.append(f"unknown key '{key}'{nearest(str(error['loc'][-1]), _keys(model, error['loc'][:-1]))}")
+            else:
+                lines.append(f"{key}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})")
+        raise UserError(f"recipe {name}: " + "; ".join(lines)) from None
+
+
+def _keys(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    for part in loc:
+        inner = model.model_fields[part].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def choose(method: str, arch: str | None, spec: str | None) -> Path:
+    """The bundled recipe that `pretrain METHOD --arch --data` means.
+
+    The exact `<arch>_<data>`; else the method's recipe for that data (small data, so small settings), else for that
+    arch; arch and data given by the user then replace the recipe's own.
+    """
+    known = {n.split("/", 1)[1]: p for n, p in recipe_files().items() if n.startswith(f"{method}/")}
+    data = data_name(spec) if spec else None
+    if arch and (exact := known.get(f"{arch}_{data or 'imagenet'}")):
+        return exact
+    if data and not arch:
+        for name, path in known.items():
+            if name.endswith("_" + data):
+                return path
+        small = [p for n, p in known.items() if n.endswith("_builtin")]
+        if data != "imagenet" and small:
+            return known.get("vit_ti4_builtin", small[0])
+    if arch:
+        for name, path in known.items():
+            if name.startswith(arch + "_"):
+                return path
+    fallback = known.get("vit_b16_imagenet") or next(iter(known.values()), None)
+    if fallback is None:
+        raise UserError(
+            f"no recipe for {method}: write recipes/pretrain/{method}/<arch>_<data>.yaml, or give --recipe PATH"
+        )
+    return fallback
+
+
+def dump(recipe: BaseModel) -> str:
+    """The recipe as YAML, every value resolved."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

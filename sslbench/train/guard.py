@@ -1,0 +1,61 @@
+"""Stops: a non-finite step before it moves the weights, and a signal after the step it arrived in."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FiniteGuard:
+    """Lets an optimiser step only while every gradient so far was finite, without waiting for the device.
+
+    On a GPU the answer stays there: AdamW's fused kernel takes `found_inf` and leaves weights and moments alone
+    where it is set. It stays set, so that nothing moves until the next log step reads it and stops the run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found = torch.zeros((), device=device)
+
+    def check(self, value: Tensor) -> None:
+        self.found = torch.maximum(self.found, (~torch.isfinite(value)).float())
+
+    def allow(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether to call optimizer.step() now. On a CPU nothing is waited for by looking."""
+        if self.device.type == "cpu":
+            return self.found.item() == 0
+        optimizer.found_inf = self.found  # type: ignore[attr-defined]
+        return True
+
+    def tripped(self) -> bool:
+        """Waits for the device: for log steps."""
+        return self.found.item() != 0
+
+
+class Signals:
+    """SIGINT and SIGTERM ask for a stop; the loop saves and leaves after the step that it is in."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:  # a second one means now
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __enter__(self) -> Signals:
+        self._before: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: whoever runs us handles signals
+                break
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

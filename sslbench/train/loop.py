@@ -1,0 +1,374 @@
+"""The one trainer: a recipe and a run folder in, weights out. Read it top to bottom."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from rich.console import Console
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from .. import provenance
+from ..data import open_split
+from ..data.loader import MicroBatches, seed_of
+from ..errors import Interrupted, RunFailed, UserError
+from ..method import Method
+from ..recipe import Batch, Machine, Recipe, data_name, dump
+from .guard import FiniteGuard, Signals
+from .meter import Metrics, Running, Stopwatch, build, flops_per_image, progress_bar
+from .optim import adamw, learning_rate
+from .state import newest_checkpoint, save_checkpoint, sha256_file, write_atomically, write_json
+
+
+class TrainStep(nn.Module):
+    """uint8 images -> losses, as one module, so that precision and data parallelism wrap all of it."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        with torch.no_grad():
+            views = self.method.build_views(images, generator)
+        return self.method.loss(self.method(views))
+
+
+def resolve_precision(machine: Machine, device: str) -> str:
+    if machine.precision != "auto":
+        return machine.precision
+    return "bf16" if provenance.bf16_is_fast(device) else "32"
+
+
+def make_fabric(machine: Machine) -> Fabric:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and machine.devices > torch.cuda.device_count():
+        raise UserError(f"machine.devices={machine.devices}, but this machine has {torch.cuda.device_count()} GPU(s)")
+    precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[resolve_precision(machine, device)]
+    if precision == "16-mixed" and device == "cpu":
+        raise UserError("precision 16 needs a GPU; on a CPU use 32 or bf16")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning_fabric")
+        return Fabric(
+            accelerator=device,
+            devices=machine.devices,
+            num_nodes=machine.nodes,
+            strategy="ddp" if machine.devices * machine.nodes > 1 else "auto",
+            precision=precision,  # type: ignore[arg-type]
+        )
+
+
+def run_name(recipe: Recipe) -> str:
+    s = recipe.science
+    method = Path(recipe.method.rpartition(":")[0]).stem if ":" in recipe.method else recipe.method
+    seed = f"_s{s.seed}" if s.seed else ""
+    return f"{method}_{s.arch}_{data_name(s.data.spec)}_{recipe.hash()[:8]}{seed}"
+
+
+def pretrain(recipe: Recipe, folder: Path, console: Console, progress: bool = True) -> str:
+    """Train `recipe` in `folder`, from its newest checkpoint where it has one.
+
+    Returns "finished", or "already finished" where there was nothing to do. Raises UserError (input), RunFailed
+    (non-finite loss, unreadable data), Interrupted (a signal; the folder can be resumed).
+    """
+    previous = read_run(folder)
+    check_same(recipe, previous, folder)
+    if previous.get("status") == "finished":
+        return "already finished"
+    batch = Batch.of(recipe)
+    data = open_split(recipe.science.data.spec, "train")
+    if len(data) < batch.total:
+        raise UserError(
+            f"a batch of {batch.total} is more than the {len(data)} images of '{recipe.science.data.spec}'; "
+            f"use --batch-size {2 ** int(math.log2(len(data)))} or smaller"
+        )
+    fabric = make_fabric(recipe.machine)
+    fabric.launch()
+    lock = hold(folder) if fabric.is_global_zero else None
+    run = Run(recipe, folder, fabric, previous)
+    try:
+        with Signals() as signals:
+            train(run, batch, data, signals, console, progress and fabric.is_global_zero)
+    except Interrupted:
+        run.write("interrupted")
+        raise
+    except (RunFailed, UserError) as e:
+        run.write("failed", error=str(e))
+        raise
+    except torch.OutOfMemoryError as e:
+        run.write("failed", error=str(e))
+        hint = "set machine.micro_batch lower" if not run.couples else "use more memory or a smaller contrastive_batch"
+        raise RunFailed(f"out of device memory at a micro-batch of {batch.micro} images; {hint}") from e
+    except Exception as e:
+        run.write("failed", error=f"{type(e).__name__}: {e}")
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return "finished"
+
+
+def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console, progress: bool) -> None:
+    science, machine, fabric = run.recipe.science, run.recipe.machine, run.fabric
+    torch.manual_seed(seed_of("weights", science.seed))
+    step_module = TrainStep(build(run.recipe))
+    method = step_module.method
+    run.couples = method.couples_batch
+    if machine.compile:
+        method.compile()
+    optimizer = adamw(method, science.optim)
+    loader = MicroBatches(
+        data,
+        seed=science.seed,
+        micro=batch.micro,
+        world=batch.world,
+        accumulation=batch.accumulation,
+        rank=fabric.global_rank,
+        device=fabric.device,
+        crops=method.crops,
+        image_size=science.data.image_size or 0,
+        crop_scale=science.augment.crop_scale,
+        workers=machine.workers,
+    )
+    per_epoch = loader.steps_per_epoch
+    total = per_epoch * science.epochs
+    save_every = machine.save_every or max(per_epoch, total // 100, 1)
+
+    found = newest_checkpoint(run.checkpoints)
+    first = 0
+    if found:
+        first, state = found
+        method.load_state_dict(state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+        run.cost, run.resumed = state["cost"], run.resumed + 1
+        loader.corrupt = set(state["corrupt"])
+    model, optimizer = fabric.setup(step_module, optimizer)
+    run.begin(data.fingerprint, total, per_epoch)
+    run.steps = first
+
+    guard = FiniteGuard(fabric.device)
+    scaler = getattr(fabric.strategy.precision, "scaler", None)  # fp16 only: it has its own way with infinities
+    generator = torch.Generator(fabric.device)
+    running, watch = Running(), Stopwatch()
+    metrics = Metrics(run.folder, first, machine.tensorboard) if fabric.is_global_zero else None
+    micro_batches = loader(first, total)
+    with progress_bar(console, progress) as bar:
+        task = bar.add_task(f"{run_label(run)}", total=total, completed=first, note="")
+        for step in range(first, total):
+            # Anything a model draws on its own (drop path) is a function of the step too.
+            torch.manual_seed(seed_of("model", science.seed, step, fabric.global_rank))
+            lr = learning_rate(science.optim, batch.total, step / per_epoch, science.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for a in range(batch.accumulation):
+                images = next(micro_batches)
+                index = a * batch.world + fabric.global_rank
+                generator.manual_seed(seed_of("views", science.seed, step, index))
+                with fabric.no_backward_sync(model, enabled=a < batch.accumulation - 1):
+                    losses = model(images, generator)
+                    fabric.backward(losses["loss"] / batch.accumulation)
+            if scaler is not None or science.optim.clip_grad:
+                limit = science.optim.clip_grad or math.inf
+                norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
+            else:
+                norm = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
+            guard.check(losses["loss"] if scaler is not None else norm)
+            if guard.allow(optimizer):
+                optimizer.step()
+            optimizer.zero_grad()
+            method.after_step((step + 1) / total)
+            running.add({**losses, "grad_norm": norm})
+            watch.images += batch.total
+            run.steps = step + 1
+
+            last = run.steps == total
+            if last or run.steps % machine.log_every == 0 or fabric.device.type == "cpu" and guard.tripped():
+                means = running.means()  # the one place that waits for the device
+                if guard.tripped():
+                    raise RunFailed(
+                        f"the gradient is not finite at or before step {run.steps} (loss {means['loss']:.4g}); the "
+                        f"weights did not move. Try a lower science.optim.lr, a longer warm-up, or precision 32"
+                    )
+                speed = watch.read(loader.wait_s)
+                if metrics:
+                    metrics.write(run.steps, {"epoch": run.steps / per_epoch, "lr": lr, **means, **speed})
+                note = f"loss {means['loss']:.3f} {speed['images_per_s']:.0f} img/s wait {speed['data_wait']:.0%}"
+                bar.update(task, note=note)
+            bar.update(task, completed=run.steps)
+            if last or signals.received or run.steps % save_every == 0:
+                run.save(method, optimizer, loader)
+            if signals.received and not last:
+                raise Interrupted(f"{signals.received} after step {run.steps} of {total}; the same command resumes")
+    if metrics:
+        metrics.close()
+    run.finish(method)
+
+
+def run_label(run: Run) -> str:
+    return f"{run.recipe.method} {run.recipe.science.arch}"
+
+
+class Run:
+    """The run folder: what is written there, and the cost so far."""
+
+    def __init__(self, recipe: Recipe, folder: Path, fabric: Fabric, previous: dict[str, Any]) -> None:
+        self.recipe, self.folder, self.fabric = recipe, folder, fabric
+        self.checkpoints = folder / "checkpoints"
+        self.cost: dict[str, Any] = {"wall_s": 0.0, "images_seen": 0}
+        self.resumed = previous.get("resumed", 0)
+        self.created = previous.get("created", provenance.now())
+        self.steps = 0
+        self.couples = False
+        self.info: dict[str, Any] = {}
+        self.began = time.perf_counter()
+
+    def begin(self, fingerprint: str, total: int, per_epoch: int) -> None:
+        r = self.recipe
+        r.machine.precision = {"32-true": "32", "bf16-mixed": "bf16"}.get(  # type: ignore[assignment]
+            str(self.fabric.strategy.precision.precision), "16"
+        )
+        self.info = {
+            "method": r.method,
+            "preset": preset_label(r),
+            "arch": r.science.arch,
+            "data": data_name(r.science.data.spec),
+            "data_fingerprint": fingerprint,
+            "recipe": r.name,
+            "recipe_hash": r.hash(),
+            "seed": r.science.seed,
+            "steps_total": total,
+            "steps_per_epoch": per_epoch,
+            "code": provenance.code(),
+            "versions": provenance.versions(),
+            "hardware": {
+                **provenance.hardware(self.fabric.device.type, self.fabric.world_size),
+                "precision": r.machine.precision,
+            },
+        }
+        self.flops_per_image = flops_per_image(r)
+        self.began = time.perf_counter()
+        if self.fabric.is_global_zero:
+            write_atomically(self.folder / "recipe.yaml", dump(r).encode())
+        self.write("running")
+
+    def costs(self) -> dict[str, Any]:
+        wall = self.cost["wall_s"] + time.perf_counter() - self.began
+        images = self.steps * self.recipe.science.batch_size
+        return {
+            "wall_s": round(wall, 3),
+            "device_hours": wall / 3600 * self.fabric.world_size,
+            "flops": self.flops_per_image * images if self.info else 0.0,
+            "peak_memory_gib": provenance.peak_memory_gib(self.fabric.device.type),
+            "joules": None,
+            "images_seen": images,
+        }
+
+    def write(self, status: str, **more: Any) -> None:
+        if not self.fabric.is_global_zero or not self.info:
+            return
+        record = {
+            "status": status,
+            "created": self.created,
+            "updated": provenance.now(),
+            "step": self.steps,
+            "resumed": self.resumed,
+            **self.info,
+            "cost": self.costs(),
+            **more,
+        }
+        write_json(self.folder / "run.json", record)
+
+    def save(self, method: Method, optimizer: Any, loader: MicroBatches) -> None:
+        self.info["substituted"] = len(loader.corrupt)
+        if self.fabric.is_global_zero:
+            costs = self.costs()
+            state = {
+                "method": method.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "cost": {"wall_s": costs["wall_s"], "images_seen": costs["images_seen"]},
+                "corrupt": sorted(loader.corrupt),
+            }
+            save_checkpoint(self.checkpoints, self.steps, state)
+            self.write("running")
+        self.fabric.barrier()
+
+    def finish(self, method: Method) -> None:
+        if self.fabric.is_global_zero:
+            save_weights(self.folder / "weights.safetensors", method, self.recipe)
+            self.write("finished", weights_sha256=sha256_file(self.folder / "weights.safetensors"))
+        self.fabric.barrier()
+
+
+def save_weights(path: Path, method: Method, recipe: Recipe) -> None:
+    """The encoder, float32, timm's names; the metadata says what rebuilds it."""
+    encoder = method.encoder
+    metadata = {
+        "arch": recipe.science.arch,
+        "image_size": str(recipe.science.data.image_size),
+        "method": recipe.method,
+        "pool": method.pool,
+        "mean": json.dumps(recipe.science.augment.mean),
+        "std": json.dumps(recipe.science.augment.std),
+        "recipe_hash": recipe.hash(),
+        "timm": encoder.arch.timm,
+        "timm_kwargs": json.dumps(encoder.arch.timm_kwargs(encoder.image[0])),
+    }
+    tensors = {k: v.detach().float().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    write_atomically(path, safetensors_bytes(tensors, metadata))
+
+
+def preset_label(recipe: Recipe) -> str:
+    """The preset's name, and what the recipe sets otherwise: `paper`, `paper+kappa=16`."""
+    from ..method import get_method
+
+    cls = get_method(recipe.method)
+    preset = cls.Config(**cls.presets[recipe.preset]).model_dump(mode="json")
+    changed = [f"{k}={recipe.science.method[k]}" for k, v in preset.items() if recipe.science.method[k] != v]
+    return "+".join([recipe.preset, *changed])
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json, or {} where the folder holds no run. A folder with other things in it is refused."""
+    path = folder / "run.json"
+    if path.is_file():
+        try:
+            return json.loads(path.read_text())
+        except ValueError as e:
+            raise UserError(f"{path} is not readable ({e}); remove the folder or choose another with --out") from None
+    if folder.is_dir() and any(p.name not in (".lock", "recipe.yaml") for p in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run; choose another folder with --out")
+    return {}
+
+
+def check_same(recipe: Recipe, previous: dict[str, Any], folder: Path) -> None:
+    """A run folder belongs to one recipe and seed."""
+    for key, value in (
+        ("arch", recipe.science.arch),
+        ("recipe_hash", recipe.hash()),
+        ("seed", recipe.science.seed),
+    ):
+        if previous and previous.get(key) != value:
+            raise UserError(
+                f"{folder} holds a run of another recipe ({key} {previous.get(key)}, this one {value}); choose "
+                f"another folder with --out, or give the settings that run was started with ({folder}/recipe.yaml)"
+            )
+
+
+def hold(folder: Path) -> int:
+    """A lock on the run folder for as long as this process lives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(f"another process is training in {folder}") from None
+    return descriptor

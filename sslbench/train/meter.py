@@ -1,0 +1,126 @@
+"""Speed, cost and progress of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..method import Method, get_method
+from ..recipe import Recipe
+from ..vit import VisionTransformer, get_arch
+
+
+def build(recipe: Recipe) -> Method:
+    """The method with its encoder, weights drawn from torch's global generator."""
+    science = recipe.science
+    cls = get_method(recipe.method)
+    config = cls.Config(**{k: v for k, v in science.method.items() if k not in ("name", "preset")})
+    return cls(config, VisionTransformer(get_arch(science.arch), science.data.image_size), science.augment)
+
+
+def flops_per_image(recipe: Recipe) -> float:
+    """Multiply-adds x 2 of one image's training step, forward and backward, counted on shapes: it computes nothing."""
+    with torch.device("meta"):
+        method = build(recipe)
+    n, side = 2, recipe.science.data.image_size or 0
+    images = torch.zeros(n, 3, side, side, dtype=torch.uint8)
+    views = method.build_views(images, torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        loss = method.loss(method({k: v.to("meta") for k, v in views.items()}))["loss"]
+        loss.backward()
+    return counter.get_total_flops() / n
+
+
+class Running:
+    """Sums of scalars that stay on the device until `means` reads them all at once."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.total: Tensor | None = None
+        self.steps = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        self.names = list(values)
+        stacked = torch.stack([v.detach().float() for v in values.values()])
+        self.total = stacked if self.total is None else self.total + stacked
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        if self.total is None:
+            return {}
+        means = dict(zip(self.names, (self.total / self.steps).tolist(), strict=True))
+        self.total, self.steps = None, 0
+        return means
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard. A resumed run drops what was logged after its checkpoint."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if _step(line) <= step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
+        return float("inf")
+
+
+class Stopwatch:
+    """Images a second and the share of host time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.waited = 0.0
+        self.images = 0
+
+    def read(self, waited: float) -> dict[str, float]:
+        now = time.perf_counter()
+        elapsed = max(now - self.began, 1e-9)
+        out = {"images_per_s": self.images / elapsed, "data_wait": (waited - self.waited) / elapsed}
+        self.began, self.waited, self.images = now, waited, 0
+        return out
+
+
+def progress_bar(console: Console, shown: bool) -> Progress:
+    """Fits 80 columns: what, bar, share, time left, then the loop's own words."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not shown,
+        transient=False,
+    )

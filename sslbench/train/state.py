@@ -1,0 +1,94 @@
+"""Checkpoints that are whole or absent: written aside, flushed, checksummed, renamed; tensors and plain data only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+
+KEEP = 2
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(aside, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `folder/step_<step>.pt` and its checksum, and remove all but the newest two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.part"):  # of a process that was killed while writing
+        left.unlink()
+    path = folder / f"step_{step:09d}.pt"
+    aside = folder / f".{path.name}.part"
+    with open(aside, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    # The checksum stands before the file does: a checkpoint without one was never finished.
+    write_atomically(path.with_suffix(".sha256"), sha256_file(aside).encode())
+    os.replace(aside, path)
+    _sync_folder(folder)
+    for old in sorted(folder.glob("step_*.pt"))[:-KEEP]:
+        old.unlink()
+        old.with_suffix(".sha256").unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in `path`, checked against its checksum. ValueError where the file is damaged or incomplete.
+
+    UserError where it would run code: only tensors and plain data are loaded.
+    """
+    checksum = path.with_suffix(".sha256")
+    if not checksum.is_file() or checksum.read_text().strip() != sha256_file(path):
+        raise ValueError(f"checkpoint {path} is damaged: it does not match its checksum")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise UserError(
+            f"checkpoint {path} holds more than tensors and plain data, so loading it could run code; refused "
+            f"({str(e).splitlines()[0]}). Remove it, or start a new run with --out DIR"
+        ) from None
+
+
+def newest_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """(step, state) of the newest checkpoint that is whole, with a warning for each newer one that is not."""
+    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+        try:
+            return int(path.stem.removeprefix("step_")), load_checkpoint(path)
+        except ValueError as e:
+            warnings.warn(f"{e}; falling back to the one before", stacklevel=2)
+    return None

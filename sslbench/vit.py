@@ -1,0 +1,204 @@
+"""The one Vision Transformer, over timm's blocks and under timm's parameter names.
+
+Layout and initialisation are MAE's (He et al. 2022): fixed 2-D sin-cos positions whose first half of the
+channels encodes x, pre-norm blocks with LayerNorm eps 1e-6, qkv bias, exact GELU, no dropout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Arch:
+    patch: int
+    dim: int
+    depth: int
+    heads: int
+    image: int  # the resolution it is pre-trained at unless the recipe says otherwise
+    timm: str = "vit_base_patch16_224"  # the timm model that `timm_kwargs` turns into this one
+
+    def timm_kwargs(self, image: int) -> dict[str, Any]:
+        """Keyword arguments for `timm.create_model(self.timm, ...)` that build this very architecture."""
+        return {
+            "img_size": image,
+            "patch_size": self.patch,
+            "embed_dim": self.dim,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "num_classes": 0,
+        }
+
+
+ARCHS: dict[str, Arch] = {
+    "vit_ti16": Arch(16, 192, 12, 3, 224, "vit_tiny_patch16_224"),
+    "vit_s16": Arch(16, 384, 12, 6, 224, "vit_small_patch16_224"),
+    "vit_b16": Arch(16, 768, 12, 12, 224, "vit_base_patch16_224"),
+    "vit_l16": Arch(16, 1024, 24, 16, 224, "vit_large_patch16_224"),
+    "vit_h14": Arch(14, 1280, 32, 16, 224, "vit_huge_patch14_224"),
+    "vit_h16": Arch(16, 1280, 32, 16, 224, "vit_huge_patch14_224"),  # OCL Table 1 prints patch 16 for H
+    "vit_ti4": Arch(4, 192, 12, 3, 32, "vit_tiny_patch16_224"),
+    "vit_s4": Arch(4, 384, 12, 6, 32, "vit_small_patch16_224"),
+    "vit_b4": Arch(4, 768, 12, 12, 32, "vit_base_patch16_224"),
+    "macrl12": Arch(4, 512, 12, 4, 32),  # MACRL section 4.1
+    "macrl4": Arch(16, 512, 4, 4, 224),  # MACRL section 4.2
+}
+
+
+def get_arch(name: str) -> Arch:
+    if name not in ARCHS:
+        raise UserError(f"unknown arch '{name}'{nearest(name, ARCHS)}")
+    return ARCHS[name]
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sin-cos table in MAE's layout, shape (1, 1 + rows * columns, dim), float32; row 0 (CLS) is zero.
+
+    The first half of the channels encodes the column (x), the second the row (y); each half is [sin | cos] with
+    omega_k = 10000^(-k / (dim / 4)). MoCo v3 has the two halves the other way round: never mix the two.
+    """
+    if dim % 4:
+        raise ValueError(f"sin-cos positions need a width divisible by 4, not {dim}")
+    rows, columns = grid
+    omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    y, x = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+    )
+    halves = [torch.outer(axis.reshape(-1), omega) for axis in (x, y)]
+    table = torch.cat([f(h) for h in halves for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])[None].float()
+
+
+def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resample a position table (1, 1 + old rows * columns, D) to a `new` grid of (rows, columns), CLS row kept.
+
+    Bicubic, align_corners False, as MAE's fine-tuning does. The suite's one resampler.
+    """
+    if table.shape[1] != 1 + old[0] * old[1]:
+        raise ValueError(f"a table of {table.shape[1]} rows is not CLS + a {old[0]} x {old[1]} grid")
+    if old == new:
+        return table
+    cls, grid = table[:, :1], table[:, 1:]
+    grid = grid.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, patch * patch * C), pixels in (row, column, channel) order, patches row by row."""
+    b, c, h, w = images.shape
+    x = images.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: (B, rows * columns, patch * patch * C) -> (B, C, H, W)."""
+    b = patches.shape[0]
+    x = patches.reshape(b, *grid, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, grid[0] * patch, grid[1] * patch)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, K) of `x` (B, N, D) -> (B, K, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class VisionTransformer(nn.Module):
+    """A plain ViT whose state dict is timm's, key for key. Call `initialise` on it, or on what contains it."""
+
+    def __init__(self, arch: Arch, image: int | tuple[int, int] | None = None) -> None:
+        super().__init__()
+        image = image or arch.image
+        size = (image, image) if isinstance(image, int) else image
+        if size[0] % arch.patch or size[1] % arch.patch:
+            raise UserError(f"an image of {size[0]} x {size[1]} pixels is not a multiple of the patch, {arch.patch}")
+        self.arch, self.image = arch, size
+        self.grid = (size[0] // arch.patch, size[1] // arch.patch)
+        self.n_patches = self.grid[0] * self.grid[1]
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.patch_embed = PatchEmbed(size, arch.patch, 3, arch.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, arch.dim))
+        self.pos_embed = nn.Parameter(sincos_positions(arch.dim, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(arch.dim, arch.heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm) for _ in range(arch.depth)
+        )
+        self.norm = norm(arch.dim)
+
+    def freeze_patch_embed(self) -> None:
+        """Keep the projection at its random values (OCL section 2.1, after MoCo v3)."""
+        self.patch_embed.requires_grad_(False)
+
+    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Embed images (B, 3, H, W), with CLS in front and positions added.
+
+        keep: patch indices to embed, all others cost nothing. None -> (B, 1 + N, D); (B, K) -> (B, 1 + K, D);
+        (B, G, K), G groups of the same image -> (B * G, 1 + K, D), row b * G + g being group g of image b.
+        """
+        patches = patchify(images, self.arch.patch)
+        b = patches.shape[0]
+        positions = self.pos_embed[:, 1:].expand(b, -1, -1)
+        groups = 1
+        if keep is not None:
+            if keep.ndim == 3:
+                groups, keep = keep.shape[1], keep.flatten(1)
+            patches, positions = take(patches, keep), take(positions, keep)
+        # The convolution of timm's PatchEmbed, as the matrix product it is: (D, C, p, p) -> (D, p * p * C).
+        conv = self.patch_embed.proj
+        x = F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias) + positions
+        x = x.reshape(b * groups, -1, x.shape[-1])
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(b * groups, -1, -1)
+        return torch.cat([cls.to(x.dtype), x], dim=1)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """All blocks and the final LayerNorm: (B, T, D) -> (B, T, D)."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        return self.encode(self.tokens(images, keep))
+
+
+def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
+    """One feature an image: (B, 1 + N, D) -> (B, D). pool: `cls`, `mean` (of patches) or `mean_all` (CLS too)."""
+    if pool == "cls":
+        return tokens[:, 0]
+    return tokens[:, 1:].mean(1) if pool == "mean" else tokens.mean(1)
+
+
+def initialise(root: nn.Module) -> None:
+    """MAE's initialisation of everything in `root`, drawn in MAE's order from torch's global generator.
+
+    Patch embedding Xavier uniform on its matrix view (its bias keeps the convolution's default), CLS and mask
+    tokens normal with std 0.02, Linear Xavier uniform with zero bias, LayerNorm 1 and 0. A seed thus gives the
+    weights that MAE's code gives: the goldens need no reference code.
+    """
+    for module in root.modules():
+        if isinstance(module, PatchEmbed):
+            weight = module.proj.weight
+            nn.init.xavier_uniform_(weight.data.view(weight.shape[0], -1))
+    for name, parameter in root.named_parameters():
+        if name.rsplit(".", 1)[-1] in ("cls_token", "mask_token"):
+            nn.init.normal_(parameter, std=0.02)
+    for module in root.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
