@@ -49,7 +49,7 @@ class MAE(Method):
         tokens = self.encoder(views["images"], order[:, : self.n_kept])
         prediction = self.decoder(tokens, order)
         target = take(patchify(views["images"], self.encoder.arch.patch), order[:, self.n_kept :])
-        return {"prediction": prediction[:, self.n_kept :], "target": target}
+        return {"prediction": prediction, "target": target}
 
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         target = outputs["target"]

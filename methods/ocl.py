@@ -14,6 +14,7 @@ Preset `paper` follows the text and Algorithm 1, `official` the code.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -71,7 +72,8 @@ class OCL(Method):
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Row 2i and 2i + 1 of the encoder's batch are the two groups of image i; its CLS rows are the features."""
-        features = self.encoder(views["images"], views["keep"])[:, 0].unflatten(0, (-1, 2))
+        tokens = self.encoder.tokens(views["images"], views["keep"])
+        features = self.encoder.encode(tokens, cls_only=True)[:, 0].unflatten(0, (-1, 2))
         return {"m": self.head(features[:, 0]), "n": self.head(features[:, 1])}
 
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -94,7 +96,11 @@ class OCL(Method):
         """The factor tau on the similarities (Eq. 3)."""
         if self.config.tau == "fixed":
             return self.config.tau_init
-        return self.log_scale.float().exp().clamp(max=self.config.tau_max)
+        return self.log_scale.float().exp()
+
+    def after_step(self, progress: float) -> None:
+        if self.config.tau == "learnable":
+            self.log_scale.data.clamp_(max=math.log(self.config.tau_max))
 
     def tokens_per_image(self) -> int:
         return 2 * (split_kept(self.encoder.n_patches, self.config.mask_ratio) + 1)
@@ -107,7 +113,7 @@ def mlp_head(dim: int, depth: int, hidden: int = 1024, out: int = 512) -> nn.Seq
     """
     widths = [dim] + [hidden] * (depth - 1)
     layers: list[Any] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.GELU()]
     layers += [nn.Linear(widths[-1], out, bias=False), nn.BatchNorm1d(out, affine=False)]
     return nn.Sequential(*layers)

@@ -46,7 +46,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Compare self-supervised methods for Vision Transformers: every number with its provenance, cost and interval.",
+    help="Compare self-supervised methods for Vision Transformers, every number with its provenance and interval.",
 )
 eval_app = typer.Typer(cls=Group, no_args_is_help=True, help="Evaluate a pre-trained encoder.")
 data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at data sets.")
@@ -55,7 +55,9 @@ app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line; all else on standard error.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe, such as science.optim.lr=1e-3")]
-Run = Annotated[str | None, typer.Argument(help="Run folder, weights file or untrained:ARCH; the newest run if left out.")]
+Run = Annotated[
+    str | None, typer.Argument(help="Run folder, weights file or untrained:ARCH; the newest run if left out.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to write to.")]
 
 
@@ -118,7 +120,9 @@ def pretrain(
         answer(as_json, start(resolved, out, console(as_json)))
 
 
-def _evaluate(kind: str, run: str | None, data: str | None, recipe: str | None, sets: Sets, seed: int, as_json: bool) -> None:
+def _evaluate(
+    kind: str, run: str | None, data: str | None, recipe: str | None, sets: Sets, seed: int, as_json: bool
+) -> None:
     from .evaluate.run import eval_recipe, evaluate_named
 
     answer(as_json, evaluate_named(eval_recipe(kind, recipe, sets or []), run, data, seed, console(as_json)))
@@ -131,7 +135,12 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 
 @eval_app.command("knn")
 def eval_knn(
-    run: Run = None, data: EvalData = None, recipe: RecipeName = None, sets: Sets = None, seed: Seed = 0, as_json: Json = False
+    run: Run = None,
+    data: EvalData = None,
+    recipe: RecipeName = None,
+    sets: Sets = None,
+    seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Weighted k-nearest neighbours on frozen features."""
     _evaluate("knn", run, data, recipe, sets, seed, as_json)
@@ -139,7 +148,12 @@ def eval_knn(
 
 @eval_app.command("linprobe")
 def eval_linprobe(
-    run: Run = None, data: EvalData = None, recipe: RecipeName = None, sets: Sets = None, seed: Seed = 0, as_json: Json = False
+    run: Run = None,
+    data: EvalData = None,
+    recipe: RecipeName = None,
+    sets: Sets = None,
+    seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """A linear classifier on frozen features."""
     _evaluate("linprobe", run, data, recipe, sets, seed, as_json)
@@ -171,7 +185,10 @@ def bench(
     """Images a second, share of this machine's matmul peak, memory, data wait."""
     from .bench import bench as run
 
-    answer(as_json, run(methods or [], arch or ["vit_ti4"], batch_size, precision or ["auto"], compile, seconds, console(as_json)))
+    answer(
+        as_json,
+        run(methods or [], arch or ["vit_ti4"], batch_size, precision or ["auto"], compile, seconds, console(as_json)),
+    )
 
 
 @app.command()

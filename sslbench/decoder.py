@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .vit import VisionTransformer, sincos_positions, take
+from .vit import VisionTransformer, block_rows, sincos_positions, take
 
 
 class Decoder(nn.Module):
@@ -16,7 +17,7 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, dim: int = 512, depth: int = 8, heads: int = 16) -> None:
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(encoder.arch.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, encoder.grid), requires_grad=False)
@@ -26,18 +27,20 @@ class Decoder(nn.Module):
         self.norm = norm(dim)
         self.pred = nn.Linear(dim, encoder.arch.patch**2 * 3)
 
-    def forward(self, tokens: Tensor, order: Tensor) -> Tensor:
-        """tokens (B, 1 + K, D) of the visible patches order[:, :K] -> (B, N, P) pixels of every patch, shuffled.
+    def forward(self, tokens: Tensor, order: Tensor, every: bool = False) -> Tensor:
+        """tokens (B, 1 + K, D) of the visible patches order[:, :K] -> pixels of the masked ones, (B, N - K, P).
 
-        Row j of the answer is patch order[:, j]: the rows from K on are the masked patches, the only ones that
-        MAE's loss looks at. Attention does not care for the order of its tokens, so none is restored: positions
-        are shuffled instead, which costs one gather where MAE's code has two.
+        Row j of the answer is patch order[:, K + j]. Attention does not care for the order of its tokens, so none
+        is restored: positions are shuffled instead, one gather where MAE's code has two. `every=True`: (B, N, P),
+        row j being patch order[:, j], the visible ones too.
         """
         x = self.embed(tokens)
-        b, t, d = x.shape
+        b, t = x.shape[:2]
         masked = self.mask_token.expand(b, order.shape[1] + 1 - t, -1).to(x.dtype)
         positions = take(self.pos_embed[:, 1:].expand(b, -1, -1), order)
         x = torch.cat([x[:, :1], torch.cat([x[:, 1:], masked], dim=1) + positions], dim=1)
-        for block in self.blocks:
+        *body, last = self.blocks
+        for block in body:
             x = block(x)
-        return self.pred(self.norm(x[:, 1:]))
+        x = last(x)[:, 1:] if every else block_rows(last, x, slice(t, None))
+        return self.pred(self.norm(x))

@@ -97,15 +97,18 @@ def append(fields: dict[str, Any]) -> Record:
 
 def read(folder: Path | None = None) -> list[Record]:
     """Every number of every ledger file. A line that is not ours is an error that names file and line."""
-    records, seen = [], {}
+    records: list[Record] = []
+    seen: dict[str, str] = {}
     for path in sorted((folder or ledger_folder()).glob("*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
                 record = Record.model_validate(json.loads(line))
             except (ValueError, ValidationError) as e:
-                why = "; ".join(
-                    f"{'.'.join(map(str, x['loc'])) or 'line'}: {x['msg']}" for x in e.errors()[:3]
-                ) if isinstance(e, ValidationError) else str(e)
+                why = (
+                    "; ".join(f"{'.'.join(map(str, x['loc'])) or 'line'}: {x['msg']}" for x in e.errors()[:3])
+                    if isinstance(e, ValidationError)
+                    else str(e)
+                )
                 raise UserError(
                     f"{path}, line {number} is not a ledger record ({why}); mend or remove the line"
                 ) from None

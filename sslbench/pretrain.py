@@ -69,10 +69,12 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
         images = len(open_split(s.data.spec, "train"))
     per_epoch = images // batch.total
     if per_epoch == 0:
-        raise UserError(f"a batch of {batch.total} is more than the {images} images of '{s.data.spec}'; use --batch-size")
+        raise UserError(
+            f"a batch of {batch.total} is more than the {images} images of '{s.data.spec}'; use --batch-size"
+        )
     flops = flops_per_image(recipe)
     lr = s.optim.lr * s.batch_size / 256
-    facts = {
+    facts: dict[str, Any] = {
         "encoder_parameters": count_parameters(method.encoder),
         "parameters": count_parameters(method),
         "tokens_per_image": method.tokens_per_image(),
@@ -94,7 +96,9 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
     if method.couples_batch:
         console.print(f"contrast    {s.contrastive_batch or s.batch_size} images compared in one loss")
     console.print(f"lr          {lr:.4g} = {s.optim.lr:g} x {s.batch_size} / 256")
-    console.print(f"steps       {facts['steps']:,} = {s.epochs} epochs x {per_epoch:,} ({images:,} images, last part dropped)")
+    console.print(
+        f"steps       {facts['steps']:,} = {s.epochs} epochs x {per_epoch:,} ({images:,} images, last part dropped)"
+    )
     console.print(f"compute     {flops / 1e9:.2f} GFLOP an image, {facts['flops']:.3g} FLOP in all")
     console.print(f"hash        {recipe.hash()} of science; seed {s.seed}")
     return {**facts, "recipe": recipe.model_dump(mode="json")}
@@ -105,7 +109,9 @@ def start(recipe: Recipe, out: Path | None, console: Console) -> dict[str, str]:
     from .train.loop import pretrain, run_name
 
     folder = out or home() / "runs" / run_name(recipe)
-    console.print(f"{recipe.method} {recipe.science.arch} on {data_name(recipe.science.data.spec)}, recipe {recipe.name}")
+    console.print(
+        f"{recipe.method} {recipe.science.arch} on {data_name(recipe.science.data.spec)}, recipe {recipe.name}"
+    )
     status = pretrain(recipe, folder, Console(stderr=True, highlight=False))
     console.print(f"{status}: {folder}")
     return {"run": str(folder), "status": "finished" if status == "already finished" else status}

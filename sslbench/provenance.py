@@ -71,14 +71,3 @@ def peak_memory_gib(device: str = "cpu") -> float:
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**30 if platform.system() == "Darwin" else 2**20), 3)
-
-
-def bf16_is_fast(device: str) -> bool:
-    """Whether this device multiplies bf16 matrices faster than float32 ones, by what its maker built in."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device != "cpu":
-        return False
-    return any(
-        getattr(torch.cpu, f, bool)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )

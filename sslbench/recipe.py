@@ -237,9 +237,7 @@ def resolve(tree: dict[str, Any], name: str) -> Recipe:
     method = get_method(str(given.pop("name")))
     preset = str(given.pop("preset", "paper"))
     if preset not in method.presets:
-        raise UserError(
-            f"recipe {name}: {recipe.method} has no preset '{preset}'{nearest(preset, method.presets)}"
-        )
+        raise UserError(f"recipe {name}: {recipe.method} has no preset '{preset}'{nearest(preset, method.presets)}")
     config = validate(method.Config, {**method.presets[preset], **given}, name, "science.method.")
     recipe.science.method = {"name": recipe.method, "preset": preset, **config.model_dump(mode="json")}
     from .vit import get_arch

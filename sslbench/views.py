@@ -98,15 +98,14 @@ def random_resized_crop(
     workers have already made, where the images are too large or too varied to travel whole: `view` picks one.
     """
     batch = len(images)
+    mirrored = torch.rand(batch, generator=generator, device=generator.device) < 0.5 if flip else None
     if images.ndim == 5:
         crops = images[:, view].float()
-        if flip:
-            mirrored = torch.rand(batch, generator=generator, device=generator.device) < 0.5
+        if mirrored is not None:
             crops = torch.where(mirrored.to(crops.device)[:, None, None, None], crops.flip(-1), crops)
         return crops
     h, w = images.shape[-2:]
     top, left, height, width = crop_boxes(batch, (h, w), scale, generator)
-    mirrored = torch.rand(batch, generator=generator, device=generator.device) < 0.5 if flip else None
     rows = resize_weights(top, height, h, size)
     columns = resize_weights(left, width, w, size, mirrored)
     return resample(images, rows.to(images.device), columns.to(images.device))
@@ -135,7 +134,9 @@ def normalise(images: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tupl
     return (images.float() - m) / s
 
 
-def denormalise(images: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
+def denormalise(
+    images: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+) -> Tensor:
     """The inverse of `normalise`, clamped to 0..255."""
     m = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
     s = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255

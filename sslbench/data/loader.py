@@ -1,4 +1,4 @@
-"""Batches in an order that is a function of (seed, epoch, step) alone, so that a resumed run sees what it would have."""
+"""Batches in an order that is a function of (seed, epoch, step) alone: a resumed run sees what it would have."""
 
 from __future__ import annotations
 
@@ -119,9 +119,7 @@ class _Keys:
 class _Decoded(Dataset[tuple[Tensor, list[int]]]):
     """(epoch, index) -> crops uint8 (V, 3, S, S), cut in the worker, their boxes a function of (seed, epoch, index)."""
 
-    def __init__(
-        self, data: FolderImages, seed: int, crops: int, size: int, scale: tuple[float, float]
-    ) -> None:
+    def __init__(self, data: FolderImages, seed: int, crops: int, size: int, scale: tuple[float, float]) -> None:
         self.data, self.seed, self.crops, self.size, self.scale = data, seed, crops, size, scale
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, list[int]]:
@@ -191,5 +189,7 @@ def evaluation_batches(data: ImageSet, size: int, batch: int, device: torch.devi
     for images, bad in loader:
         corrupt.update(bad)
         if len(corrupt) > CORRUPT_LIMIT * len(data):
-            raise RunFailed(f"{len(corrupt)} of {len(data)} images of {data.root} cannot be read; see `sslbench data check`")
+            raise RunFailed(
+                f"{len(corrupt)} of {len(data)} images of {data.root} cannot be read; see `sslbench data check`"
+            )
         yield images.to(device, non_blocking=True).float()

@@ -7,6 +7,7 @@ import io
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def _builtin(split: str) -> MemoryImages:
     with np.load(Path(__file__).parent / "builtin_cifar10.npz") as z:
         blob, offsets, labels = z[f"{split}_strips"], z[f"{split}_offsets"], z[f"{split}_labels"]
         classes = [str(c) for c in z["classes"]]
-    strips = [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes()))) for a, b in zip(offsets, offsets[1:], strict=False)]
+    strips = [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes()))) for a, b in pairwise(offsets)]
     images = torch.from_numpy(np.concatenate(strips).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2).contiguous()
     return MemoryImages("builtin", split, images, torch.from_numpy(labels.astype(np.int64)), classes)
 
@@ -131,8 +132,8 @@ def _npz(path: Path, split: str) -> MemoryImages:
     try:
         with np.load(file, allow_pickle=False) as z:
             images = z["images"]
-            labels = z["labels"] if "labels" in z else None
-            classes = [str(c) for c in z["classes"]] if "classes" in z else []
+            labels = z["labels"] if "labels" in z.files else None
+            classes = [str(c) for c in z["classes"]] if "classes" in z.files else []
     except (KeyError, ValueError, OSError) as e:
         raise UserError(f"{file} is not an image archive: expected `images` uint8 (N, H, W, 3); {e}") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):

@@ -157,5 +157,3 @@ def both_splits(spec: str) -> tuple[ImageSet, ImageSet]:
     if train.labels is None or val.labels is None:
         raise UserError(f"data '{spec}' has no labels; an evaluation needs a folder a class, or `labels` in the npz")
     return train, val
-
-

@@ -31,5 +31,3 @@ def knn_top1(
             predicted = votes[:, :k].sum(1).argmax(1)
             hits[k] += int((predicted == test_labels[start : start + chunk]).sum())
     return {k: 100 * hits[k] / len(test) for k in ks}
-
-

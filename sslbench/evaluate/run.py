@@ -89,7 +89,9 @@ def evaluate(
     if isinstance(s, Knn):
         ks = [s.main_k, *(k for k in s.k if k != s.main_k)]
         by_k = knn_top1(*arrays, ks, s.temperature)
-        values = [("knn_top1" if k == s.main_k else f"knn_top1_k{k}", v, {"k": k}) for k, v in by_k.items()]
+        values: list[tuple[str, float, dict[str, Any]]] = [
+            ("knn_top1" if k == s.main_k else f"knn_top1_k{k}", v, {"k": k}) for k, v in by_k.items()
+        ]
     else:
         top1, lr = linear_top1(
             *arrays,
@@ -104,7 +106,9 @@ def evaluate(
     science = {**s.model_dump(mode="json"), "pool": pool}
     protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
     wall = time.perf_counter() - began
-    return [_record(subject, val, data, metric, v, {**c, "pool": pool}, protocol, seed, wall) for metric, v, c in values]
+    return [
+        _record(subject, val, data, metric, v, {**c, "pool": pool}, protocol, seed, wall) for metric, v, c in values
+    ]
 
 
 def _record(

@@ -23,6 +23,7 @@ from ..data.loader import MicroBatches, seed_of
 from ..errors import Interrupted, RunFailed, UserError
 from ..method import Method
 from ..recipe import Batch, Machine, Recipe, data_name, dump
+from .device import bf16_is_fast, keep_freed_memory
 from .guard import FiniteGuard, Signals
 from .meter import Metrics, Running, Stopwatch, build, flops_per_image, progress_bar
 from .optim import adamw, learning_rate
@@ -45,11 +46,13 @@ class TrainStep(nn.Module):
 def resolve_precision(machine: Machine, device: str) -> str:
     if machine.precision != "auto":
         return machine.precision
-    return "bf16" if provenance.bf16_is_fast(device) else "32"
+    return "bf16" if bf16_is_fast(device) else "32"
 
 
 def make_fabric(machine: Machine) -> Fabric:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
     if device == "cuda" and machine.devices > torch.cuda.device_count():
         raise UserError(f"machine.devices={machine.devices}, but this machine has {torch.cuda.device_count()} GPU(s)")
     precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[resolve_precision(machine, device)]
@@ -177,7 +180,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                     fabric.backward(losses["loss"] / batch.accumulation)
             if scaler is not None or science.optim.clip_grad:
                 limit = science.optim.clip_grad or math.inf
-                norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
+                norm: Any = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
             else:
                 norm = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
             guard.check(losses["loss"] if scaler is not None else norm)
@@ -190,7 +193,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             run.steps = step + 1
 
             last = run.steps == total
-            if last or run.steps % machine.log_every == 0 or fabric.device.type == "cpu" and guard.tripped():
+            if last or run.steps % machine.log_every == 0 or (fabric.device.type == "cpu" and guard.tripped()):
                 means = running.means()  # the one place that waits for the device
                 if guard.tripped():
                     raise RunFailed(

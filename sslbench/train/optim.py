@@ -13,7 +13,8 @@ from ..recipe import Optim
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: with decay, and without (biases, and tensors of at most one dimension). Frozen tensors: neither."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, p in module.named_parameters():
         if p.requires_grad:
             (plain if p.ndim <= 1 or name.endswith(".bias") else decay).append(p)

@@ -1,0 +1,137 @@
+"""`sslbench bench`: how fast a training step is, against what this machine's matrix product can do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import provenance
+from .data import MemoryImages, open_split
+from .data.loader import MicroBatches
+from .listing import show
+from .method import methods
+from .pretrain import compose
+from .recipe import Recipe
+from .train.loop import TrainStep, make_fabric
+from .train.meter import build, flops_per_image
+from .train.optim import adamw
+from .vit import get_arch
+
+
+def bench(
+    names: list[str],
+    archs: list[str],
+    batch_size: int | None,
+    precisions: list[str],
+    compiled: bool,
+    seconds: float,
+    console: Console,
+) -> dict[str, Any]:
+    """Rows of {method, arch, precision, batch, images_per_s, matmul_share, peak_memory_gib, data_wait, ...}."""
+    rows = []
+    for arch in archs:
+        for name in names or list(methods()):
+            for precision in precisions:
+                batch = batch_size or (256 if get_arch(arch).image <= 64 else 64)
+                rows.append(_measure(_recipe(name, arch, batch, precision, compiled), seconds))
+                row = rows[-1]
+                console.print(
+                    f"{row['method']} {row['arch']} {row['precision']} batch {batch}: {row['images_per_s']:.1f} img/s, "
+                    f"{row['matmul_share']:.0%} of the matmul peak, {row['peak_memory_gib']:.2f} GiB"
+                )
+    columns = ("method", "arch", "precision", "images_per_s", "matmul_share", "peak_memory_gib", "data_wait")
+    console.print()
+    show([{k: round(r[k], 3) if isinstance(r[k], float) else r[k] for k in columns} for r in rows], console)
+    return {"hardware": provenance.hardware(_device()), "versions": provenance.versions(), "rows": rows}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _recipe(name: str, arch: str, batch: int, precision: str, compiled: bool) -> Recipe:
+    """The arch's own recipe, at this batch, on the built-in images enlarged to its resolution."""
+    sets = ["science.data.spec=builtin", f"science.batch_size={batch}", f"science.contrastive_batch={batch}"]
+    sets.append(f"machine.micro_batch={batch}")
+    return compose(name, sets=sets, science={"arch": arch}, machine={"precision": precision, "compile": compiled})
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a square matrix product here: the best of several, after a warm-up."""
+    size = size if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for i in range(8):
+        start = time.perf_counter()
+        a @ b
+        _wait(device)
+        if i:
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
+    """Whole training steps, data to weights, for about `seconds`; the median step counts."""
+    fabric = make_fabric(recipe.machine)
+    dtype = {"32-true": torch.float32, "16-mixed": torch.float16}.get(
+        str(fabric.strategy.precision.precision), torch.bfloat16
+    )
+    if fabric.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    data = open_split("builtin", "train")
+    assert isinstance(data, MemoryImages)
+    step_module = TrainStep(build(recipe))
+    if recipe.machine.compile:
+        step_module.method.compile()
+    model, optimizer = fabric.setup(step_module, adamw(step_module.method, recipe.science.optim))
+    s = recipe.science
+    loader = MicroBatches(
+        data, seed=0, micro=s.batch_size, world=1, accumulation=1, rank=0, device=fabric.device,
+        crops=step_module.method.crops, image_size=s.data.image_size or 0, crop_scale=s.augment.crop_scale, workers=0,
+    )  # fmt: skip
+    generator = torch.Generator(fabric.device).manual_seed(0)
+    before = matmul_peak(fabric.device, dtype)
+    times: list[float] = []
+    began, end = time.perf_counter(), float("inf")
+    for i, images in enumerate(loader(0, 10**9)):
+        start = time.perf_counter()
+        fabric.backward(model(images, generator)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+        _wait(fabric.device)
+        if i < 2:  # allocation, and compilation where asked for
+            loader.wait_s, began, end = 0.0, time.perf_counter(), time.perf_counter() + seconds
+            continue
+        times.append(time.perf_counter() - start)
+        if len(times) >= 3 and time.perf_counter() > end:
+            break
+    wait = loader.wait_s / (time.perf_counter() - began)
+    peak = max(before, matmul_peak(fabric.device, dtype))  # both ends: the machine's speed drifts
+    rate = s.batch_size / statistics.median(times)
+    flops = flops_per_image(recipe)
+    return {
+        "method": recipe.method,
+        "arch": s.arch,
+        "image_size": s.data.image_size,
+        "precision": {torch.float32: "32", torch.float16: "16"}.get(dtype, "bf16"),
+        "compile": recipe.machine.compile,
+        "batch": s.batch_size,
+        "images_per_s": rate,
+        "gflop_per_image": flops / 1e9,
+        "matmul_peak_gflops": peak / 1e9,
+        "matmul_share": rate * flops / peak,
+        "peak_memory_gib": provenance.peak_memory_gib(fabric.device.type),
+        "data_wait": wait,
+        "steps": len(times),
+    }

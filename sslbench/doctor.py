@@ -1,0 +1,70 @@
+"""`sslbench doctor`: what this machine has, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import provenance
+from .paths import home
+from .train.device import bf16_is_fast
+
+
+def doctor(console: Console) -> dict[str, Any]:
+    """Print and return the findings; `advice` lists what a user could do."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = os.environ.get("SSLBENCH_DATA")
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        **{k: v for k, v in provenance.versions().items() if k != "python"},
+        "device": provenance.hardware(device, max(1, torch.cuda.device_count()))["device"],
+        "devices": torch.cuda.device_count() if device == "cuda" else 1,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "precision_auto": "bf16" if bf16_is_fast(device) else "32",
+        "torchvision_operators": _torchvision_operators(),
+        "transfer_extra": all(importlib.util.find_spec(m) for m in ("mmengine", "mmdet", "mmseg")),
+        "home": str(home().resolve()),
+        "disk_free_gib": round(shutil.disk_usage(home()).free / 2**30, 1),
+        "SSLBENCH_DATA": data,
+    }
+    advice = []
+    if not data:
+        advice.append("set SSLBENCH_DATA to the folder that holds your data sets, or use --data; builtin needs nothing")
+    elif not Path(data).is_dir():
+        advice.append(f"SSLBENCH_DATA={data} is not a folder")
+    if not facts["torchvision_operators"]:
+        advice.append("torchvision's operators do not load: install torch and torchvision from one source, together")
+    if facts["disk_free_gib"] < 5:
+        advice.append(f"only {facts['disk_free_gib']} GiB free where runs/ is written; checkpoints may not fit")
+    if device == "cpu":
+        advice.append("no GPU: quickstart and the *_builtin recipes are sized for this; ImageNet recipes are not")
+    for key, value in facts.items():
+        console.print(f"{key:22} {value}", markup=False)
+    for line in advice:
+        console.print(f"- {line}", markup=False)
+    return {**facts, "advice": advice}
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _torchvision_operators() -> bool:
+    try:
+        from torchvision.ops import nms
+
+        boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2]])
+        return nms(boxes, torch.tensor([0.9, 0.8]), 0.5).tolist() == [0]
+    except Exception:  # whatever keeps it from loading is the finding
+        return False

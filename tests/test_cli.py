@@ -1,0 +1,193 @@
+"""Each command as a user types it, at smoke scale on real images, and what it says to bad input."""
+
+import json
+import re
+
+import pytest
+
+SMOKE = ["--recipe", "ocl_smoke", "--set", "machine.tensorboard=false"]
+
+
+def last_json(done):
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, run_sslbench):
+    """One smoke run that several tests read."""
+    home = tmp_path_factory.mktemp("home")
+    done = run_sslbench("pretrain", "ocl", *SMOKE, "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    return home, last_json(done)
+
+
+def test_pretrain_writes_a_complete_run_folder(trained):
+    home, answer = trained
+    assert answer["status"] == "finished"
+    folder = home / "runs" / answer["run"].rsplit("/", 1)[-1]
+    assert re.fullmatch(r"ocl_vit_mini4_builtin_[0-9a-f]{8}", folder.name)
+    assert {"recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "weights.safetensors"} <= {
+        p.name for p in folder.iterdir()
+    }
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "finished" and run["cost"]["wall_s"] > 0 and run["cost"]["flops"] > 1e9
+    assert run["hardware"]["device"] and run["versions"]["torch"] and run["data_fingerprint"]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == run["steps_total"] and {"loss", "nce", "grad_norm", "lr", "images_per_s", "data_wait"} <= set(last)
+
+
+def test_a_finished_run_is_left_alone(trained, run_sslbench):
+    home, answer = trained
+    before = {p: p.stat().st_mtime_ns for p in (home / "runs").rglob("*.safetensors")}
+    done = run_sslbench("pretrain", "ocl", *SMOKE, "--json", home=home)
+    assert done.returncode == 0 and "already finished" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in (home / "runs").rglob("*.safetensors")} == before
+
+
+def test_eval_reads_the_newest_run_and_says_so(trained, run_sslbench):
+    home, answer = trained
+    done = run_sslbench("eval", "knn", "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    record = last_json(done)
+    assert answer["run"].rsplit("/", 1)[-1] in done.stderr
+    assert record["metric"] == "knn_top1" and 5 < record["value"] < 60 and record["n"] == 1000
+    assert record["pretrain"]["run"] in answer["run"] and record["cost"]["flops"] > 1e9 and record["scale"] == "tiny"
+    probe = run_sslbench("eval", "linprobe", answer["run"], "--json", home=home)
+    assert probe.returncode == 0 and last_json(probe)["metric"] == "linprobe_top1"
+    lines = [json.loads(x) for x in (home / "results/ledger/ocl.jsonl").read_text().splitlines()]
+    assert {r["metric"] for r in lines} >= {"knn_top1", "linprobe_top1"}
+
+
+def test_export_for_timm_gives_the_same_features(trained, run_sslbench):
+    import timm
+    import torch
+
+    from sslbench.evaluate.features import open_subject
+
+    home, answer = trained
+    done = run_sslbench("export", answer["run"], "--format", "timm", "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    out = last_json(done)
+    model = timm.create_model(out["model"], checkpoint_path=str(home / out["file"]), **out["kwargs"]).eval()
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    encoder = open_subject(str(home / answer["run"])).encoder.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(x), encoder(x), atol=1e-5, rtol=0)
+
+
+def test_report_list_doctor_and_data_check(trained, run_sslbench):
+    home, _ = trained
+    run_sslbench("eval", "knn", home=home)
+    done = run_sslbench("report", "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    assert "<html" in (home / last_json(done)["report"]).read_text()
+    for what in ("methods", "recipes", "archs", "tables", "runs"):
+        done = run_sslbench("list", what, "--json", home=home)
+        assert done.returncode == 0 and isinstance(last_json(done), list), done.stderr
+    assert {m["method"] for m in last_json(run_sslbench("list", "methods", "--json", home=home))} >= {"ocl", "mae"}
+    done = run_sslbench("doctor", "--json", home=home)
+    assert done.returncode == 0 and last_json(done)["torchvision_operators"] is True
+    done = run_sslbench("data", "check", "builtin", "--json", home=home)
+    assert done.returncode == 0 and last_json(done)["splits"]["train"]["images"] == 4000
+    assert run_sslbench("data", "list", home=home).returncode == 0
+
+
+def test_bench_measures_against_the_matmul_peak(run_sslbench, tmp_path):
+    done = run_sslbench("bench", "ocl", "--arch", "vit_mini4", "--batch-size", "32", "--seconds", "1", "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = last_json(done)["rows"][0]
+    assert row["images_per_s"] > 1 and 0.01 < row["matmul_share"] < 1.1 and row["peak_memory_gib"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arch", "encoder", "tokens", "batch", "lr"),
+    [("vit_b16", 85.798656, 138, "9600 = 2400 per device x 1 device(s) x 4 accumulation", 5.625e-3),
+     ("vit_l16", 303.301632, 118, "2048 = 512 per device x 1 device(s) x 4 accumulation", 1.2e-3)],
+)  # fmt: skip
+def test_dry_run_prints_the_papers_plan_with_no_data(run_sslbench, tmp_path, arch, encoder, tokens, batch, lr):
+    done = run_sslbench("pretrain", "ocl", "--arch", arch, "--dry-run", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{encoder:.1f}M parameters" in done.stdout and f"tokens      {tokens} " in done.stdout
+    assert batch in done.stdout and f"lr          {lr:g} =" in done.stdout and "800 epochs" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+BAD = {
+    "method": (["pretrain", "oclx"], "unknown method 'oclx'; did you mean 'ocl'"),
+    "arch": (["pretrain", "ocl", "--arch", "vit_b17"], "unknown arch 'vit_b17'; did you mean 'vit_b16'"),
+    "recipe": (["pretrain", "ocl", "--recipe", "ocl_smokey"], "unknown recipe 'ocl_smokey'"),
+    "preset": (["pretrain", "ocl", "--preset", "offical"], "no preset 'offical'; did you mean 'official'"),
+    "recipe key": (["pretrain", "ocl", *SMOKE, "--set", "science.optim.lrr=1"], "unknown key 'science.optim.lrr'; did you mean 'lr'"),
+    "method key": (["pretrain", "ocl", *SMOKE, "--set", "science.method.kapa=1"], "unknown key 'science.method.kapa'; did you mean 'kappa'"),
+    "value": (["pretrain", "ocl", *SMOKE, "--set", "science.optim.lr=fast"], "science.optim.lr"),
+    "data spec": (["pretrain", "ocl", "--data", "foldr:x"], "unknown kind 'foldr'; did you mean 'folder'"),
+    "no imagenet": (["pretrain", "ocl", "--arch", "vit_l16"], "--data builtin"),
+    "missing folder": (["pretrain", "ocl", "--data", "folder:nowhere"], "no such folder"),
+    "batch": (["pretrain", "mae", "--recipe", "mae_smoke", "--set", "machine.micro_batch=100"], "does not divide"),
+    "coupled batch": (["pretrain", "ocl", *SMOKE, "--set", "machine.micro_batch=64"], "compares the images of a batch"),
+    "batch size": (["pretrain", "ocl", *SMOKE, "--batch-size", "8192"], "more than the 4000 images"),
+    "no run": (["eval", "knn"], "no finished pre-training run"),
+    "not a run": (["eval", "knn", "nothing"], "no run folder"),
+    "option": (["pretrain", "ocl", "--epoch", "3"], "--epoch"),
+    "list": (["list", "method"], "did you mean 'methods'"),
+    "table": (["report", "ocl_t66"], "ocl_t6"),
+    "format": (["export", "x", "--format", "onnx"], "known: timm, safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_message_and_status_2(case, run_sslbench, tmp_path):
+    arguments, message = BAD[case]
+    done = run_sslbench(*arguments, home=tmp_path)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"], "something was written"
+
+
+def test_a_message_about_missing_imagenet_says_where_it_looked_and_how_to_point(run_sslbench, tmp_path):
+    done = run_sslbench("pretrain", "ocl", "--arch", "vit_l16", home=tmp_path, env={"SSLBENCH_DATA": str(tmp_path)})
+    assert done.returncode == 2
+    for words in (str(tmp_path / "imagenet"), "--data imagenet:DIR", "SSLBENCH_DATA", "--data builtin", "quickstart"):
+        assert words in done.stderr
+
+
+def test_a_folder_without_images_is_refused(run_sslbench, tmp_path):
+    (tmp_path / "set/train/a").mkdir(parents=True)
+    done = run_sslbench("pretrain", "ocl", "--data", f"folder:{tmp_path}/set", home=tmp_path)
+    assert done.returncode == 2 and "no images under" in done.stderr
+
+
+def test_a_run_folder_of_another_arch_is_refused(trained, run_sslbench):
+    home, answer = trained
+    done = run_sslbench("pretrain", "ocl", *SMOKE, "--arch", "vit_ti4", "--out", answer["run"], home=home)
+    assert done.returncode == 2 and "arch vit_mini4" in done.stderr
+
+
+def test_a_ledger_line_that_is_not_ours_names_file_and_line(trained, run_sslbench, tmp_path):
+    (tmp_path / "results/ledger").mkdir(parents=True)
+    (tmp_path / "results/ledger/x.jsonl").write_text('{"value": 1}\n')
+    done = run_sslbench("report", home=tmp_path)
+    assert done.returncode == 2 and "x.jsonl, line 1" in done.stderr
+
+
+def test_a_folder_of_photographs_trains_with_workers_and_counts_what_it_cannot_read(run_sslbench, tmp_path, image_folder):
+    files = sorted((image_folder / "train").rglob("*.png"))
+    files[0].write_bytes(b"not a picture")
+    check = run_sslbench("data", "check", f"folder:{image_folder}", "--json", home=tmp_path)
+    assert check.returncode == 2 and str(files[0]) in check.stderr  # one of few: more than 0.1 %
+    done = run_sslbench("pretrain", "ocl", *SMOKE, "--data", f"folder:{image_folder}", "--batch-size", "16",
+                        "--set", "machine.workers=1", home=tmp_path)  # fmt: skip
+    assert done.returncode == 1 and "more than 0.1%" in done.stderr
+    files[0].unlink()
+    done = run_sslbench("pretrain", "ocl", *SMOKE, "--data", f"folder:{image_folder}", "--batch-size", "16",
+                        "--set", "machine.workers=1", "--json", home=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_train_as_the_recipe_says(run_sslbench, tmp_path):
+    done = run_sslbench("pretrain", "mae", "--recipe", "mae_smoke", "--devices", "2", "--set", "machine.tensorboard=false",
+                        "--json", home=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert last_json(done)["status"] == "finished"
+    run = json.loads(next((tmp_path / "runs").glob("*/run.json")).read_text())
+    assert run["hardware"]["devices"] == 2 and run["cost"]["images_seen"] == 15 * 256

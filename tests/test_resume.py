@@ -1,0 +1,80 @@
+"""Exactness: a run killed at any instant and resumed ends with the weights of an undisturbed one, bit for bit."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+COMMAND = ["pretrain", "ocl", "--recipe", "ocl_smoke", "--epochs", "3", "--batch-size", "64", "--set",
+           "machine.save_every=3", "--set", "machine.log_every=2", "--set", "machine.tensorboard=false"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, run_sslbench):
+    home = tmp_path_factory.mktemp("undisturbed")
+    began = time.monotonic()
+    done = run_sslbench(*COMMAND, home=home)
+    assert done.returncode == 0, done.stderr
+    return next((home / "runs").iterdir()), time.monotonic() - began
+
+
+def start(home, env):
+    return subprocess.Popen(
+        [sys.executable, "-m", "sslbench", *COMMAND], cwd=home, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def same_weights(a, b):
+    x, y = load_file(a / "weights.safetensors"), load_file(b / "weights.safetensors")
+    return x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x)
+
+
+def test_sigkill_at_random_instants_changes_nothing(undisturbed, run_sslbench, tmp_path, environment):
+    whole, seconds = undisturbed
+    draw = random.Random(0)
+    killed = 0
+    for _ in range(4):
+        process = start(tmp_path, environment(tmp_path))
+        time.sleep(draw.uniform(0.35, 0.95) * seconds)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 2, "the run ended before it could be killed"
+    done = run_sslbench(*COMMAND, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    resumed = next((tmp_path / "runs").iterdir())
+    assert json.loads((resumed / "run.json").read_text())["resumed"] >= 1
+    assert same_weights(whole, resumed)
+    steps = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sigterm_saves_exits_130_and_resumes(undisturbed, run_sslbench, tmp_path, environment):
+    whole, seconds = undisturbed
+    process = start(tmp_path, environment(tmp_path))
+    while not list(tmp_path.glob("runs/*/checkpoints/*.pt")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert b"resumes" in process.stderr.read()
+    folder = next((tmp_path / "runs").iterdir())
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    newest = sorted((folder / "checkpoints").glob("*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])  # the disk was full, say
+    done = run_sslbench(*COMMAND, home=tmp_path)
+    assert done.returncode == 0 and "falling back" in done.stderr, done.stderr
+    assert same_weights(whole, folder)
+
+
+def test_a_non_finite_step_stops_before_the_weights_move(run_sslbench, tmp_path):
+    done = run_sslbench("pretrain", "ocl", "--recipe", "ocl_smoke", "--set", "science.optim.lr=1e30", "--set",
+                        "science.optim.warmup_epochs=0", "--set", "machine.save_every=1", home=tmp_path)  # fmt: skip
+    assert done.returncode == 1 and "not finite" in done.stderr, done.stderr
+    folder = next((tmp_path / "runs").iterdir())
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "failed" and "not finite" in run["error"]
