@@ -29,6 +29,7 @@ def bench(
     precisions: list[str],
     compiled: bool,
     seconds: float,
+    sets: list[str],
     console: Console,
 ) -> dict[str, Any]:
     """Rows of {method, arch, precision, batch, images_per_s, matmul_share, peak_memory_gib, data_wait, ...}."""
@@ -37,7 +38,7 @@ def bench(
         for name in names or list(methods()):
             for precision in precisions:
                 batch = batch_size or (256 if get_arch(arch).image <= 64 else 64)
-                rows.append(_measure(_recipe(name, arch, batch, precision, compiled), seconds))
+                rows.append(_measure(_recipe(name, arch, batch, precision, compiled, sets), seconds))
                 row = rows[-1]
                 console.print(
                     f"{row['method']} {row['arch']} {row['precision']} batch {batch}: {row['images_per_s']:.1f} img/s, "
@@ -53,11 +54,11 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _recipe(name: str, arch: str, batch: int, precision: str, compiled: bool) -> Recipe:
+def _recipe(name: str, arch: str, batch: int, precision: str, compiled: bool, more: list[str]) -> Recipe:
     """The arch's own recipe, at this batch, on the built-in images enlarged to its resolution."""
     sets = ["science.data.spec=builtin", f"science.batch_size={batch}", f"science.contrastive_batch={batch}"]
     sets.append(f"machine.micro_batch={batch}")
-    return compose(name, sets=sets, science={"arch": arch}, machine={"precision": precision, "compile": compiled})
+    return compose(name, sets=[*sets, *more], science={"arch": arch}, machine={"precision": precision, "compile": compiled})
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:

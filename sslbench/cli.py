@@ -180,15 +180,14 @@ def bench(
     precision: Annotated[list[str] | None, typer.Option(help="auto if left out; may be given again.")] = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile")] = False,
     seconds: Annotated[float, typer.Option(help="Time to measure each for.")] = 10.0,
+    sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Images a second, share of this machine's matmul peak, memory, data wait."""
     from .bench import bench as run
 
-    answer(
-        as_json,
-        run(methods or [], arch or ["vit_ti4"], batch_size, precision or ["auto"], compile, seconds, console(as_json)),
-    )
+    archs, precisions, talk = arch or ["vit_ti4"], precision or ["auto"], console(as_json)
+    answer(as_json, run(methods or [], archs, batch_size, precisions, compile, seconds, sets or [], talk))
 
 
 @app.command()

@@ -286,13 +286,13 @@ def choose(method: str, arch: str | None, spec: str | None) -> Path:
     data = data_name(spec) if spec else None
     if arch and (exact := known.get(f"{arch}_{data or 'imagenet'}")):
         return exact
-    if data and not arch:
-        for name, path in known.items():
-            if name.endswith("_" + data):
-                return path
-        small = [p for n, p in known.items() if n.endswith("_builtin")]
-        if data != "imagenet" and small:
-            return known.get("vit_ti4_builtin", small[0])
+    if data and not arch and data != "imagenet":
+        named = [p for n, p in known.items() if n.endswith("_" + data)]
+        small = known.get("vit_mini4_builtin")
+        if data != "builtin" and named:
+            return named[0]
+        if small or named:
+            return small or named[0]
     if arch:
         for name, path in known.items():
             if name.startswith(arch + "_"):

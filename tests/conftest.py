@@ -1,0 +1,65 @@
+"""What tests share: the command as a user runs it, a home for its output, and real images."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sslbench.data import open_split
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """environment(home): what a command sees, its output under `home`, no data sets of the developer's."""
+
+    def make(home, env=None):
+        base = {k: v for k, v in os.environ.items() if not k.startswith("SSLBENCH_")}
+        return {**base, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(env or {})}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_sslbench(environment):
+    """run_sslbench(*args, home=, env=): the command in a process of its own, with `home` as the current folder."""
+
+    def run(*args, home, env=None, timeout=400):
+        return subprocess.run(
+            [sys.executable, "-m", "sslbench", *map(str, args)],
+            cwd=home, env=environment(home, env), capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSLBENCH_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of full data sets that developers have beside the checkout."""
+    path = ROOT.parent / "shared"
+    if not (path / "data").is_dir():
+        pytest.skip("needs ../shared/data, which users do not have")
+    return path
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """An ImageFolder of 40 + 20 real images over 4 classes."""
+    for split, per_class in (("train", 10), ("val", 5)):
+        data = open_split("builtin", split)
+        for k in range(4):
+            folder = tmp_path / "images" / split / data.classes[k]
+            folder.mkdir(parents=True)
+            for i, x in enumerate(data.images[data.labels == k][:per_class]):
+                Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return tmp_path / "images"

@@ -1,0 +1,69 @@
+"""The README is true: every command in it runs, and the method it shows trains."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [
+    line.split("#")[0].split() for block in BLOCKS for line in block.splitlines() if line.startswith("sslbench ")
+]
+# What a command needs to be quick here; each is still the README's command.
+QUICKER = {
+    ("sslbench", "pretrain", "mae", "--data", "builtin", "--epochs", "1"): ["--arch", "vit_mini4", "--out", "runs/RUN"],
+    ("sslbench", "bench", "ocl", "mae", "--seconds", "2"): ["--arch", "vit_mini4", "--batch-size", "32"],
+}
+
+
+def test_every_command_of_the_readme_runs_in_order(run_sslbench, tmp_path):
+    assert len(COMMANDS) > 8
+    for command in COMMANDS:
+        done = run_sslbench(*command[1:], *QUICKER.get(tuple(command), []), home=tmp_path)
+        expected = 2 if command[1:] == ["pretrain", "ocl", "--arch", "vit_l16"] else 0  # no ImageNet here
+        assert done.returncode == expected, (command, done.stderr)
+
+
+def test_the_two_set_up_commands_are_those_that_ci_runs():
+    setup = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("python3", ".venv"))]
+    assert len(setup) == 2 and setup[0].endswith("sslbench quickstart") and setup[1].endswith("pytest")
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "pip\" install -q -e '.[dev]'" in ci and "pip install -q -e '.[dev]'" in setup[1]
+    assert '"$venv/bin/pytest"' in ci and ".venv/bin/pytest" in setup[1]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the checkout with the README's method added: one file in methods/, one recipe."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("sslbench", "methods", "recipes", "results/paper"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, text in re.findall(r"^`((?:methods|recipes)/\S+)`:\n\n```\w+\n(.*?)```", README, re.S | re.M):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text(text)
+    return copy
+
+
+def in_checkout(checkout, *args):
+    done = subprocess.run(
+        [sys.executable, "-m", "sslbench", *args, "--json"], cwd=checkout, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_fifth_method_is_one_file_and_one_recipe(checkout):
+    code = re.search(r"```python\n(.*?)```", README, re.S)
+    assert code and len(code[1].splitlines()) < 40
+    assert "simclr" in {m["method"] for m in in_checkout(checkout, "list", "methods")}
+    run = in_checkout(checkout, "pretrain", "simclr", "--data", "builtin", "--set", "science.data.image_size=16")
+    assert run["status"] == "finished"
+    assert in_checkout(checkout, "eval", "knn")["method"] == "simclr"
+    row = in_checkout(checkout, "bench", "simclr", "--arch", "vit_mini4", "--batch-size", "16", "--seconds", "0.5")
+    assert row["rows"][0]["images_per_s"] > 0

@@ -1,0 +1,35 @@
+"""A wheel, installed into an empty folder, works as the checkout does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_carries_methods_recipes_tables_and_data(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], check=True, timeout=300
+    )
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    env.pop("SSLBENCH_HOME", None)
+
+    def run(*args):
+        done = subprocess.run([sys.executable, *args], cwd=empty, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert str(site) in run("-c", "import sslbench; print(sslbench.__file__)")
+    assert "ocl" in run("-m", "sslbench", "list", "methods")
+    assert "ocl/vit_l16_imagenet" in run("-m", "sslbench", "list", "recipes")
+    assert "ocl_t6" in run("-m", "sslbench", "list", "tables")
+    run("-m", "sslbench", "pretrain", "ocl", "--recipe", "ocl_smoke")
+    assert "knn_top1" in run("-m", "sslbench", "eval", "knn")
