@@ -58,7 +58,9 @@ def _recipe(name: str, arch: str, batch: int, precision: str, compiled: bool, mo
     """The arch's own recipe, at this batch, on the built-in images enlarged to its resolution."""
     sets = ["science.data.spec=builtin", f"science.batch_size={batch}", f"science.contrastive_batch={batch}"]
     sets.append(f"machine.micro_batch={batch}")
-    return compose(name, sets=[*sets, *more], science={"arch": arch}, machine={"precision": precision, "compile": compiled})
+    return compose(
+        name, sets=[*sets, *more], science={"arch": arch}, machine={"precision": precision, "compile": compiled}
+    )
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:

@@ -55,10 +55,13 @@ def _bicubic(x: Tensor) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-def resize_weights(start: Tensor, length: Tensor, n: int, out: int, flip: Tensor | None = None) -> Tensor:
+def resize_weights(
+    start: Tensor, length: Tensor, n: int, out: int, flip: Tensor | None = None, beyond: bool = False
+) -> Tensor:
     """(B, out, n): rows that resample [start, start + length) of an axis of n pixels to `out`, antialiased bicubic.
 
-    flip (B,) bool: those images get their outputs in reverse, a mirror for free.
+    flip (B,) bool: those images get their outputs in reverse, a mirror for free. beyond: the kernel may look at pixels
+    outside the interval, as when an image is resized first and cropped after.
     """
     step = (length / out)[:, None]  # source pixels an output pixel
     width = step.clamp_min(1.0)  # the kernel widens when shrinking: antialiasing
@@ -68,8 +71,8 @@ def resize_weights(start: Tensor, length: Tensor, n: int, out: int, flip: Tensor
     centre = start[:, None] + (index + 0.5) * step
     source = torch.arange(n, device=start.device, dtype=torch.float32) + 0.5
     weights = _bicubic((source - centre[..., None]) / width[..., None])
-    inside = (source >= start[:, None, None]) & (source < (start + length)[:, None, None])
-    weights = weights * inside
+    if not beyond:
+        weights = weights * ((source >= start[:, None, None]) & (source < (start + length)[:, None, None]))
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -111,19 +114,31 @@ def random_resized_crop(
     return resample(images, rows.to(images.device), columns.to(images.device))
 
 
-def resize_centre(images: Tensor, size: int) -> Tensor:
-    """Evaluation's view: uint8 (B, C, H, W) -> float (B, C, size, size), the short side to size / 0.875, then centre.
+def centre_window(size: tuple[int, int], crop: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) that an image of `size` is resized to, and (top, left) of the centre crop in it.
 
-    0.875 is the field's 224 / 256. Images that are `size` already, CIFAR's case, stay as they are.
+    The short side becomes crop / 0.875 (224 -> 256); the long side truncates and the offset rounds, as torchvision's do.
+    """
+    short = int(crop / 0.875)
+    h, w = (short if side == min(size) else int(short * side / min(size)) for side in size)
+    return (h, w), (round((h - crop) / 2), round((w - crop) / 2))
+
+
+def resize_centre(images: Tensor, size: int) -> Tensor:
+    """Evaluation's view: uint8 (B, C, H, W) -> float (B, C, size, size), resized and cropped at its centre.
+
+    Images no larger than the view are enlarged whole: there is nothing to crop. CIFAR at its own size stays as it is.
     """
     h, w = images.shape[-2:]
     if (h, w) == (size, size):
         return images.float()
-    resized = min(h, w) if min(h, w) < size else int(size / 0.875)
-    side = min(h, w) * size / max(size, resized)
+    if max(h, w) <= size:
+        (rh, rw), (top, left) = (size, size), (0, 0)
+    else:
+        (rh, rw), (top, left) = centre_window((h, w), size)
     ones = torch.ones(len(images), device=images.device)
-    rows = resize_weights((h - side) / 2 * ones, side * ones, h, size)
-    columns = resize_weights((w - side) / 2 * ones, side * ones, w, size)
+    rows = resize_weights(top * h / rh * ones, size * h / rh * ones, h, size, beyond=True)
+    columns = resize_weights(left * w / rw * ones, size * w / rw * ones, w, size, beyond=True)
     return resample(images, rows, columns)
 
 

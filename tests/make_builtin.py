@@ -6,6 +6,7 @@ from a JPEG; those are left out. 400 and 100 images a class, drawn with seed 0; 
 
 import io
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def main(source: Path) -> None:
         z = np.load(source / f"cifar10_{file}.npz")
         arrays["classes"] = z["classes"]
         blob, offsets = z["strips"], z["offsets"]
-        strips = [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes()))) for a, b in zip(offsets, offsets[1:])]
+        strips = [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes()))) for a, b in pairwise(offsets)]
         images = np.concatenate([s.reshape(-1, 32, 32, 3) for s in strips])
         labels = np.repeat(z["strip_label"], z["strip_count"]).astype(np.int64)
         usable = np.ones(len(images), bool)

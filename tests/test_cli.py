@@ -33,11 +33,18 @@ def test_pretrain_writes_a_complete_run_folder(trained):
     assert run["status"] == "finished" and run["cost"]["wall_s"] > 0 and run["cost"]["flops"] > 1e9
     assert run["hardware"]["device"] and run["versions"]["torch"] and run["data_fingerprint"]
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == run["steps_total"] and {"loss", "nce", "grad_norm", "lr", "images_per_s", "data_wait"} <= set(last)
+    assert last["step"] == run["steps_total"] and {
+        "loss",
+        "nce",
+        "grad_norm",
+        "lr",
+        "images_per_s",
+        "data_wait",
+    } <= set(last)
 
 
 def test_a_finished_run_is_left_alone(trained, run_sslbench):
-    home, answer = trained
+    home, _ = trained
     before = {p: p.stat().st_mtime_ns for p in (home / "runs").rglob("*.safetensors")}
     done = run_sslbench("pretrain", "ocl", *SMOKE, "--json", home=home)
     assert done.returncode == 0 and "already finished" in done.stderr
@@ -93,7 +100,9 @@ def test_report_list_doctor_and_data_check(trained, run_sslbench):
 
 
 def test_bench_measures_against_the_matmul_peak(run_sslbench, tmp_path):
-    done = run_sslbench("bench", "ocl", "--arch", "vit_mini4", "--batch-size", "32", "--seconds", "1", "--json", home=tmp_path)
+    done = run_sslbench(
+        "bench", "ocl", "--arch", "vit_mini4", "--batch-size", "32", "--seconds", "1", "--json", home=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     row = last_json(done)["rows"][0]
     assert row["images_per_s"] > 1 and 0.01 < row["matmul_share"] < 1.1 and row["peak_memory_gib"] > 0.1
@@ -112,6 +121,7 @@ def test_dry_run_prints_the_papers_plan_with_no_data(run_sslbench, tmp_path, arc
     assert not list(tmp_path.iterdir())
 
 
+# ruff: noqa: E501 - one case a line
 BAD = {
     "method": (["pretrain", "oclx"], "unknown method 'oclx'; did you mean 'ocl'"),
     "arch": (["pretrain", "ocl", "--arch", "vit_b17"], "unknown arch 'vit_b17'; did you mean 'vit_b16'"),
@@ -170,7 +180,9 @@ def test_a_ledger_line_that_is_not_ours_names_file_and_line(trained, run_sslbenc
     assert done.returncode == 2 and "x.jsonl, line 1" in done.stderr
 
 
-def test_a_folder_of_photographs_trains_with_workers_and_counts_what_it_cannot_read(run_sslbench, tmp_path, image_folder):
+def test_a_folder_of_photographs_trains_with_workers_and_counts_what_it_cannot_read(
+    run_sslbench, tmp_path, image_folder
+):
     files = sorted((image_folder / "train").rglob("*.png"))
     files[0].write_bytes(b"not a picture")
     check = run_sslbench("data", "check", f"folder:{image_folder}", "--json", home=tmp_path)

@@ -25,7 +25,11 @@ def undisturbed(tmp_path_factory, run_sslbench):
 
 def start(home, env):
     return subprocess.Popen(
-        [sys.executable, "-m", "sslbench", *COMMAND], cwd=home, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", "sslbench", *COMMAND],
+        cwd=home,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -54,7 +58,7 @@ def test_sigkill_at_random_instants_changes_nothing(undisturbed, run_sslbench, t
 
 
 def test_sigterm_saves_exits_130_and_resumes(undisturbed, run_sslbench, tmp_path, environment):
-    whole, seconds = undisturbed
+    whole, _ = undisturbed
     process = start(tmp_path, environment(tmp_path))
     while not list(tmp_path.glob("runs/*/checkpoints/*.pt")):
         assert process.poll() is None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RunFailed
-from ..views import crop_boxes, resize_centre
+from ..views import centre_window, crop_boxes, resize_centre
 from .sources import FolderImages, ImageSet, MemoryImages
 
 CORRUPT_LIMIT = 0.001  # the share of a data set's files that may be unreadable
@@ -166,12 +166,8 @@ class _Centred(Dataset[tuple[Tensor, list[int]]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[int]]:
         image, corrupt = _readable(self.data, index)
-        short = int(self.size / 0.875)
-        scale = short / min(image.size)
-        # torchvision's Resize: the long side truncates; CenterCrop: the offset rounds.
-        w, h = (short if side == min(image.size) else int(side * scale) for side in image.size)
+        (h, w), (top, left) = centre_window((image.height, image.width), self.size)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
-        left, top = round((w - self.size) / 2), round((h - self.size) / 2)
         return to_tensor(image.crop((left, top, left + self.size, top + self.size))), corrupt
 
 

@@ -1,0 +1,113 @@
+"""Images: where they come from, in which order, and what happens when one cannot be read."""
+
+import hashlib
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sslbench.data import open_split
+from sslbench.data.check import check
+from sslbench.data.loader import MicroBatches, evaluation_batches
+from sslbench.errors import RunFailed, UserError
+
+
+def batches(data, first=0, last=4, **over):
+    settings = {"seed": 0, "micro": 5, "world": 1, "accumulation": 2, "rank": 0, "device": torch.device("cpu"),
+                "crops": 2, "image_size": 16, "crop_scale": (0.2, 1.0), "workers": 0, **over}  # fmt: skip
+    loader = MicroBatches(data, **settings)
+    return loader, list(loader(first, last))
+
+
+def test_builtin_is_balanced_and_has_ten_classes():
+    for split, n in (("train", 4000), ("val", 1000)):
+        data = open_split("builtin", split)
+        assert data.images.shape == (n, 3, 32, 32) and data.images.dtype == torch.uint8 and len(data.classes) == 10
+        assert torch.bincount(data.labels).tolist() == [n // 10] * 10
+        assert len(torch.unique(data.labels[:100])) == 10  # any part of it is mixed
+
+
+def test_builtin_is_part_of_cifar10_in_its_official_splits(shared):
+    for split, file in (("train", "train"), ("val", "test")):
+        z = np.load(shared / "data" / f"cifar10_{file}.npz")
+        known = {}
+        for i, label in enumerate(z["strip_label"]):
+            strip = np.asarray(Image.open(io.BytesIO(z["strips"][z["offsets"][i] : z["offsets"][i + 1]].tobytes())))
+            known |= {hashlib.md5(x.tobytes()).digest(): int(label) for x in strip.reshape(-1, 32, 32, 3)}
+        data = open_split("builtin", split)
+        found = [known.get(hashlib.md5(x.permute(1, 2, 0).numpy().tobytes()).digest()) for x in data.images]
+        assert found == data.labels.tolist()
+
+
+def test_an_archive_is_found_by_its_train_file_or_by_what_both_names_begin_with(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "mine_train.npz", images=x, labels=np.arange(6) % 2)
+    np.savez(tmp_path / "mine_test.npz", images=x[:2], labels=[0, 1])
+    for spec in (f"npz:{tmp_path}/mine_train.npz", f"npz:{tmp_path}/mine"):
+        assert len(open_split(spec, "train")) == 6 and len(open_split(spec, "val")) == 2
+    np.savez(tmp_path / "odd_train.npz", images=x.astype(float))
+    with pytest.raises(UserError, match="must be uint8"):
+        open_split(f"npz:{tmp_path}/odd_train.npz", "train")
+    with pytest.raises(UserError, match="no val split"):
+        open_split(f"npz:{tmp_path}/odd_train.npz", "val")
+
+
+def test_folders_are_checked_before_they_are_trusted(image_folder, tmp_path, monkeypatch):
+    data = open_split(f"folder:{image_folder}", "train")
+    assert len(data) == 40 and len(data.classes) == 4 and data.labels.tolist() == sorted(data.labels.tolist())
+    monkeypatch.setenv("SSLBENCH_DATA", str(image_folder.parent))
+    assert open_split("images", "val").fingerprint == open_split(f"folder:{image_folder}", "val").fingerprint
+    (image_folder / "val" / "dragon").mkdir()
+    next((image_folder / "val").rglob("*.png")).rename(image_folder / "val" / "dragon" / "x.png")
+    for spec, split, message in (
+        (f"folder:{image_folder}", "val", "classes that train lacks: dragon"),
+        (f"imagenet:{image_folder}", "train", "4 class folders"),
+        (f"folder:{tmp_path}/none", "train", "no such folder"),
+        ("imagenet", "train", "quickstart"),
+        ("folder:", "train", "say where"),
+        ("npy:x", "train", "did you mean 'npz'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_split(spec, split)
+
+
+def test_order_is_a_function_of_seed_and_step_whatever_the_devices():
+    data = open_split("builtin", "train")
+    _, whole = batches(data, 0, 3, micro=20, accumulation=1)
+    _, parts = batches(data, 0, 3, micro=5, accumulation=4)
+    ranks = [batches(data, 0, 3, micro=5, world=2, accumulation=2, rank=r)[1] for r in (0, 1)]
+    together = [x for pair in zip(*ranks, strict=True) for x in pair]
+    for i in range(3):
+        assert whole[i].equal(torch.cat(parts[4 * i : 4 * i + 4])) and whole[i].equal(torch.cat(together[4 * i :][:4]))
+    loader, late = batches(data, 399, 402, micro=5)  # across the end of an epoch
+    assert loader.steps_per_epoch == 400
+    _, all_of_it = batches(data, 398, 402, micro=5)
+    assert all(a.equal(b) for a, b in zip(late, all_of_it[2:], strict=True))
+    assert not batches(data, 0, 1, seed=1)[1][0].equal(batches(data, 0, 1)[1][0])
+
+
+def test_crops_of_a_folder_are_the_same_with_and_without_workers(image_folder):
+    data = open_split(f"folder:{image_folder}", "train")
+    _, alone = batches(data)
+    _, helped = batches(data, workers=2)
+    assert alone[0].shape == (5, 2, 3, 16, 16) and alone[0].dtype == torch.uint8
+    assert all(a.equal(b) for a, b in zip(alone, helped, strict=True))
+    assert not alone[0][:, 0].equal(alone[0][:, 1])  # two crops of each image
+
+
+def test_a_corrupt_image_is_listed_substituted_counted_and_not_tolerated_in_numbers(image_folder, monkeypatch):
+    spec = f"folder:{image_folder}"
+    data = open_split(spec, "train")
+    bad = image_folder / "train" / data.files[3]
+    bad.write_bytes(bad.read_bytes()[:200])  # cut short
+    found = check(spec)
+    assert not found["ok"] and found["splits"]["train"]["corrupt"] == [str(bad)]
+    with pytest.raises(RunFailed, match=r"1 of 40 images cannot be read, more than 0\.1%"):
+        batches(data)
+    monkeypatch.setattr("sslbench.data.loader.CORRUPT_LIMIT", 0.1)  # as if it were one in many
+    (loader, a), (_, b) = batches(data), batches(data)
+    assert loader.corrupt == {3} and all(x.equal(y) for x, y in zip(a, b, strict=True))
+    views = torch.cat(list(evaluation_batches(data, 16, 7, torch.device("cpu"), 0)))
+    assert views.shape == (40, 3, 16, 16) and views[3].equal(views[4])

@@ -1,0 +1,86 @@
+"""Batched views equal torchvision's on the same boxes, and draw from their generator alone."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import functional as tv
+from torchvision.transforms.functional import InterpolationMode
+
+from sslbench.data import open_split
+from sslbench.views import (
+    crop_boxes,
+    denormalise,
+    normalise,
+    random_resized_crop,
+    resample,
+    resize_centre,
+    resize_weights,
+)
+
+
+def photographs(n=8, size=64):
+    """Real pictures, larger than CIFAR's, from four built-in ones each."""
+    x = open_split("builtin", "val").images[: 4 * n].reshape(n, 2, 2, 3, 32, 32)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, size, size).contiguous()
+
+
+def test_a_crop_is_torchvisions_resized_crop_to_the_rounding():
+    images = photographs()
+    boxes = [(0, 0, 64, 64), (5, 7, 20, 30), (30, 1, 33, 60), (10, 10, 8, 8), (1, 40, 50, 24), (0, 0, 63, 64),
+             (32, 32, 32, 32), (3, 3, 57, 41)]  # fmt: skip
+    top, left, h, w = (torch.tensor(column).float() for column in zip(*boxes, strict=True))
+    flip = torch.arange(8) % 2 == 1
+    got = resample(images, resize_weights(top, h, 64, 24), resize_weights(left, w, 64, 24, flip))
+    for i, (y, x, bh, bw) in enumerate(boxes):
+        picture = Image.fromarray(images[i].permute(1, 2, 0).numpy())
+        cut = tv.resized_crop(picture, y, x, bh, bw, [24, 24], InterpolationMode.BICUBIC)
+        expected = tv.pil_to_tensor(tv.hflip(cut) if flip[i] else cut).float()
+        assert (got[i] - expected).abs().max() <= 1, i
+
+
+@given(st.integers(4, 300), st.integers(4, 300), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_boxes_lie_inside_the_image_and_within_scale_and_aspect(h, w, seed):
+    top, left, bh, bw = crop_boxes(64, (h, w), (0.2, 1.0), torch.Generator().manual_seed(seed))
+    assert (top >= 0).all() and (left >= 0).all() and (bh >= 1).all() and (bw >= 1).all()
+    assert (top + bh <= h).all() and (left + bw <= w).all()
+    assert all(x.equal(x.round()) for x in (top, left, bh, bw))
+    if min(h, w) > 60 and max(h, w) < 1.3 * min(h, w):
+        assert ((bw / bh) > 0.70).all() and ((bw / bh) < 1.42).all()
+        assert (bh * bw / (h * w) > 0.17).all()
+
+
+def test_an_image_too_long_for_any_box_falls_back_to_the_centre():
+    top, left, bh, bw = crop_boxes(50, (10, 1000), (0.9, 1.0), torch.Generator().manual_seed(0))
+    assert (bh == 10).all() and (bw == 13).all() and (top == 0).all() and (left == 493).all()
+
+
+def test_the_evaluation_view_is_resize_256_and_centre_crop_224():
+    image = tv.resize(Image.fromarray(photographs()[0].permute(1, 2, 0).numpy()), [300, 400], InterpolationMode.BICUBIC)
+    expected = tv.pil_to_tensor(tv.center_crop(tv.resize(image, [256], InterpolationMode.BICUBIC), [224])).float()
+    got = resize_centre(tv.pil_to_tensor(image)[None], 224)[0]
+    assert (got - expected).abs().max() <= 1
+    same = photographs(2, 64)
+    assert resize_centre(same, 64).equal(same.float())
+
+
+def test_views_are_a_function_of_the_generator():
+    images = photographs()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    draw = lambda seed: random_resized_crop(images, 16, (0.2, 1), True, torch.Generator().manual_seed(seed))  # noqa: E731
+    assert draw(1).equal(draw(1)) and not draw(1).equal(draw(2))
+    assert torch.get_rng_state().equal(before)
+
+
+def test_crops_made_by_workers_pass_through():
+    crops = torch.stack([photographs(4, 64), photographs(4, 64).flip(-1)], 1)
+    got = random_resized_crop(crops, 64, (0.2, 1), False, torch.Generator().manual_seed(0), view=1)
+    assert got.equal(crops[:, 1].float())
+
+
+def test_normalise_and_back():
+    x = photographs().float()
+    torch.testing.assert_close(denormalise(normalise(x)), x, atol=1e-3, rtol=0)
+    assert normalise(x).mean().abs() < 1.5
