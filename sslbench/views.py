@@ -117,7 +117,7 @@ def random_resized_crop(
 def centre_window(size: tuple[int, int], crop: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) that an image of `size` is resized to, and (top, left) of the centre crop in it.
 
-    The short side becomes crop / 0.875 (224 -> 256); the long side truncates and the offset rounds, as torchvision's do.
+    The short side becomes crop / 0.875 (224 -> 256); the long side truncates and the offset rounds, as in torchvision.
     """
     short = int(crop / 0.875)
     h, w = (short if side == min(size) else int(short * side / min(size)) for side in size)

@@ -12,7 +12,13 @@ from sslbench.evaluate.features import extract, open_subject
 from sslbench.evaluate.knn import knn_top1
 from sslbench.evaluate.linprobe import linear_top1
 
-PROBE = {"lrs": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0], "epochs": 90, "batch_size": 1024, "momentum": 0.9, "weight_decay": 0.0}
+PROBE = {
+    "lrs": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
+    "epochs": 90,
+    "batch_size": 1024,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+}
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,9 @@ def test_mae_gives_the_reference_loss_and_gradient():
     assert gradient_norm(method) == pytest.approx(0.135899, rel=1e-4)
 
 
-@pytest.mark.parametrize(("form", "expected", "norm"), [("divide", 2.90354538, 22.407344), ("multiply", 2.13646269, 2.037773)])
+@pytest.mark.parametrize(
+    ("form", "expected", "norm"), [("divide", 2.90354538, 22.407344), ("multiply", 2.13646269, 2.037773)]
+)
 def test_ocl_gives_the_reference_loss_and_gradient(form, expected, norm):
     method = make("ocl", REFERENCE, kappa_form=form, tau="fixed", freeze_patch_embed=False)
     keep = random_split(8, 16, 0.3, generator(2))

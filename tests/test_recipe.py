@@ -43,14 +43,21 @@ def test_the_hash_is_of_science_alone():
     same = [["machine.workers=3", "machine.precision=bf16"], ["science.seed=4"]]
     for sets in same:
         assert compose("ocl", recipe="ocl_smoke", sets=sets).hash() == base.hash()
-    for sets in (["science.optim.lr=1"], ["science.method.kappa=1"], ["science.epochs=2"], ["science.augment.flip=false"]):
+    for sets in (
+        ["science.optim.lr=1"],
+        ["science.method.kappa=1"],
+        ["science.epochs=2"],
+        ["science.augment.flip=false"],
+    ):
         assert compose("ocl", recipe="ocl_smoke", sets=sets).hash() != base.hash()
     # A preset's name is no number; its values are.
     spelled = ["kappa_form=divide", "tau=fixed", "freeze_patch_embed=false"]
     official = compose("ocl", recipe="ocl_smoke", preset="official")
     assert official.hash() == compose("ocl", recipe="ocl_smoke", sets=[f"science.method.{s}" for s in spelled]).hash()
     # Nor is the folder that data lies in.
-    a, b = (compose("ocl", recipe="ocl_smoke", science={"data": {"spec": f"imagenet:{d}"}}).hash() for d in ("/a", "/b"))
+    a, b = (
+        compose("ocl", recipe="ocl_smoke", science={"data": {"spec": f"imagenet:{d}"}}).hash() for d in ("/a", "/b")
+    )
     assert a == b
     assert data_name("npz:/x/cifar10_train.npz") == data_name("npz:/y/cifar10") == "cifar10"
 
@@ -59,13 +66,20 @@ def test_the_batch_equation_divides_or_refuses():
     def batch(method, *sets):
         return Batch.of(compose(method, recipe=f"{method}_smoke", sets=list(sets)))
 
-    assert str(Batch.of(compose("ocl", science={"arch": "vit_l16"}))).startswith("2048 = 512 per device x 1 device(s) x 4")
+    assert str(Batch.of(compose("ocl", science={"arch": "vit_l16"}))).startswith(
+        "2048 = 512 per device x 1 device(s) x 4"
+    )
     four = Batch.of(compose("ocl", science={"arch": "vit_b16"}, machine={"devices": 4}))
     assert (four.micro, four.world, four.accumulation) == (2400, 4, 1)
     assert batch("mae", "machine.micro_batch=32", "machine.devices=2").accumulation == 4
     gathered = batch("ocl", "machine.devices=2", "science.method.gather_negatives=true")
     assert (gathered.micro, gathered.accumulation) == (128, 1)
-    for bad in (["machine.devices=3"], ["science.contrastive_batch=100"], ["machine.devices=2"], ["machine.micro_batch=64"]):
+    for bad in (
+        ["machine.devices=3"],
+        ["science.contrastive_batch=100"],
+        ["machine.devices=2"],
+        ["machine.micro_batch=64"],
+    ):
         with pytest.raises(UserError):
             batch("ocl", *bad)
     with pytest.raises(UserError, match="does not divide"):
@@ -79,7 +93,12 @@ def test_paper_recipes_say_what_the_papers_say():
         assert (s.optim.lr, s.optim.betas, s.optim.weight_decay) == (1.5e-4, (0.9, 0.95), 0.05)
         assert (s.method["kappa"], s.method["kappa_form"], s.method["freeze_patch_embed"]) == (64, "multiply", True)
     mae = compose("mae", science={"arch": "vit_b16"}).science
-    assert (mae.batch_size, mae.epochs, mae.method["mask_ratio"], mae.method["norm_pix_loss"]) == (4096, 1600, 0.75, True)
+    assert (mae.batch_size, mae.epochs, mae.method["mask_ratio"], mae.method["norm_pix_loss"]) == (
+        4096,
+        1600,
+        0.75,
+        True,
+    )
 
 
 @pytest.mark.parametrize("name", recipe_files())

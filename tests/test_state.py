@@ -101,7 +101,10 @@ def test_on_a_gpu_the_fused_step_itself_leaves_the_weights_alone():
     module = nn.Linear(2, 1, device=device)
     optimizer, guard = adamw(module, Optim(lr=1)), FiniteGuard(device)
     before = [p.clone() for p in module.parameters()]
-    module.weight.grad, module.bias.grad = torch.full((1, 2), float("inf"), device=device), torch.zeros(1, device=device)
+    module.weight.grad, module.bias.grad = (
+        torch.full((1, 2), float("inf"), device=device),
+        torch.zeros(1, device=device),
+    )
     guard.check(module.weight.grad.norm())
     assert guard.allow(optimizer)
     optimizer.step()

@@ -100,8 +100,9 @@ def _text(cell: Cell | None) -> str:
 def _show_paper_table(name: str, records: list[Record], console: Console) -> None:
     header, rows, notes = reported_beside_measured(name, records)
     table = RichTable(title=f"{name}: reported | measured", title_justify="left", box=None, pad_edge=False)
-    for i, head in enumerate(header):
-        table.add_column(head.replace("_", " "), justify="left" if i == 0 else "right", overflow="fold")
+    for head in header:
+        key = head in ("where", "setting", "method", "arch", "epochs", "condition")
+        table.add_column(head.replace("_", " "), justify="left" if key else "right", overflow="fold", no_wrap=key)
     for row in rows:
         table.add_row(*row)
     console.print(table, soft_wrap=False)
@@ -132,9 +133,8 @@ def _markdown(title: str, main: list[Table], names: list[str], records: list[Rec
 def _csv(all_tables: list[Table]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["scale", "dataset", "pretrain_data", "arch", "method", "recipe_hash", "protocol", "protocol_hash", "metric", "value", "half_width", "interval_over", "seeds", "gain", "record_ids"]
-    )
+    writer.writerow(["scale", "dataset", "pretrain_data", "arch", "method", "recipe_hash", "protocol", "protocol_hash",
+                     "metric", "value", "half_width", "interval_over", "seeds", "gain", "record_ids"])  # fmt: skip
     for t in all_tables:
         for row in t.rows:
             for cell in row.cells.values():
@@ -216,7 +216,7 @@ def _html(
     }
     if shown:
         body.append("<h2>Provenance</h2>")
-        body += [_provenance(shown[key]) for key in sorted(shown)]
+        body += [_provenance(r) for r in sorted(shown.values(), key=_reading_order)]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -231,7 +231,8 @@ def _html_table(t: Table) -> str:
         cells = "".join(_html_cell(row.cells.get(c)) for c in t.columns)
         cost = "".join(f"<td>{escape(c)}</td>" for c in _cost(row))
         base = "" if row.first.pretrain.epochs is not None else ' class="base"'
-        rows.append(f"<tr{base}><td>{escape(row.label)}</td>{cells}{cost}</tr>")
+        settings = escape(row.first.preset or "random weights")
+        rows.append(f'<tr{base}><td title="{settings}">{escape(row.label)}</td>{cells}{cost}</tr>')
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
@@ -242,6 +243,10 @@ def _html_cell(cell: Cell | None) -> str:
     seeds = ", ".join(str(r.seed) for r in cell.records)
     hover = f"95 % interval over {cell.over}; seed {seeds}; n = {cell.records[0].n}"
     return f'<td title="{escape(hover)}"><a href="#{cell.records[0].id}">{cell}</a>{gain}</td>'
+
+
+def _reading_order(r: Record) -> tuple[str, str, int, str, str]:
+    return r.method, r.protocol.name, r.seed, r.metric, r.id
 
 
 def _provenance(r: Record) -> str:

@@ -87,7 +87,7 @@ def _table(key: tuple[str, ...], group: list[Record]) -> Table:
     rows = []
     for _, members in sorted(by_row.items()):
         first = min(members, key=lambda r: (r.seed, r.metric, r.id))
-        row = Row(_row_label(first), first.method, first)
+        row = Row(_row_label(first, group), first.method, first)
         for column in sorted({_column(r) for r in members}):
             row.cells[names[column]] = _cell([r for r in members if _column(r) == column])
         rows.append(row)
@@ -119,10 +119,12 @@ def _column_names(group: list[Record]) -> dict[tuple[str, str, str], str]:
     }
 
 
-def _row_label(r: Record) -> str:
+def _row_label(r: Record, group: list[Record]) -> str:
+    """The method, and where one method has several recipes in the table, its epochs and recipe hash."""
     if r.method == UNTRAINED:
         return "untrained ViT"
-    return r.method if r.preset in (None, "paper") else f"{r.method} ({r.preset})"
+    alone = len({x.pretrain.recipe_hash for x in group if x.method == r.method}) == 1
+    return r.method if alone else f"{r.method}, {r.pretrain.epochs or 0:g} ep [{(r.pretrain.recipe_hash or '')[:6]}]"
 
 
 def _cell(records: list[Record]) -> Cell:
@@ -181,18 +183,26 @@ def reported_beside_measured(name: str, records: list[Record]) -> tuple[list[str
     """
     frame = read_paper(name)
     frame["column"] = [f"{m} {d}".strip() for m, d in zip(frame["metric"], frame["dataset"], strict=True)]
-    parts = ["method", "arch", "epochs", "condition"]
-    keys = [p for p in parts if frame[p].nunique() > 1 or p == "method"]
-    columns = list(dict.fromkeys(frame["column"]))
-    rows, notes = [], []
-    for _, group in frame.groupby("row", sort=False):
+    if (frame.groupby("row")["column"].nunique() == 1).all() and frame["column"].nunique() > 1:
+        across, keys, groups = "arch", ["column"], ["row"]  # a table of settings: one a row, an arch a column
+    else:
+        across, groups = "column", ["arch", "row"]
+        keys = [k for k in ("method", "arch", "epochs", "condition") if frame[k].nunique() > 1 or k == "method"]
+    if name.endswith("_text"):  # claims, one a line
+        across, keys, groups = "unit", ["row", "method", "arch", "column"], [frame.index]
+    columns = list(dict.fromkeys(frame[across]))
+    rows: list[list[str]] = []
+    remarks: dict[str, list[str]] = {}
+    for _, group in frame.groupby(groups, sort=False):
         first = group.iloc[0]
-        cells = {r["column"]: _reported(r, records) for _, r in group.iterrows()}
+        cells = {r[across]: _reported(r, records) for _, r in group.iterrows()}
         rows.append([first[k] for k in keys] + [cells.get(c, "") for c in columns])
-        notes += [
-            f"{first['method']} {r['column']} {r['value']}: {r['note']}" for _, r in group.iterrows() if r["note"]
-        ]
-    return [*keys, *columns], rows, list(dict.fromkeys(notes))
+        for _, r in group.iterrows():
+            if r["note"]:
+                remarks.setdefault(r["note"], []).append(f"{r['arch']} {r['column']} {r['value']}".strip())
+    notes = [f"{', '.join(dict.fromkeys(where))}: {note}" for note, where in remarks.items()]
+    names = {"column": "setting", "row": "where"}
+    return [names.get(k, k) for k in keys] + [c or "number" for c in columns], rows, notes
 
 
 def _reported(line: Any, records: list[Record]) -> str:

@@ -1,0 +1,42 @@
+"""Quickstart, short, for its shape; and, longer, that OCL at its settings really learns."""
+
+import json
+
+import pytest
+
+from sslbench.method import methods
+
+
+def test_quickstart_measures_every_method_beside_the_untrained_vit(run_sslbench, tmp_path):
+    done = run_sslbench("quickstart", "--minutes", "0.7", "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    page = (tmp_path / answer["report"]).read_text()
+    for name in (*methods(), "untrained ViT"):
+        assert f">{name}</td>" in page
+    assert page.count("<svg") == 2 and "not as a ranking" in page
+    assert {p.suffix for p in map(tmp_path.joinpath, answer["files"])} == {".html", ".md", ".csv", ".svg", ".png"}
+    assert answer["numbers"] == 4 * (1 + len(methods()))
+    seen = [json.loads(p.read_text())["cost"]["wall_s"] for p in (tmp_path / "runs").glob("*/run.json")]
+    assert len(seen) == len(methods())
+
+
+@pytest.mark.slow
+def test_ocl_gains_four_points_of_knn_over_the_untrained_vit(run_sslbench, tmp_path):
+    """Mean of 3 seeds, at quickstart's settings and about its length on two cores without bf16."""
+
+    def knn(run, seed):
+        done = run_sslbench("eval", "knn", run, "--data", "builtin", "--seed", seed, "--json", home=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])["value"]
+
+    gains = []
+    for seed in range(3):
+        done = run_sslbench(
+            "pretrain", "ocl", "--data", "builtin", "--seed", seed, "--epochs", "10", "--json", home=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        run = json.loads(done.stdout.splitlines()[-1])["run"]
+        gains.append(knn(run, seed) - knn("untrained:vit_mini4", seed))
+    print("k-NN gains over the untrained ViT:", gains)
+    assert sum(gains) / 3 >= 4, gains
