@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import UserError, nearest
 from .paths import bundled
-from .recipe import Augment
+from .recipe import Augment, digest
 from .vit import VisionTransformer
 
 
@@ -25,7 +25,7 @@ class MethodConfig(BaseModel):
 
 
 class Method(nn.Module):
-    """What pre-trains an encoder. Shares the one ViT and the one trainer; knows nothing of devices or ranks."""
+    """What pre-trains an encoder: build_views, forward (views -> outputs), loss. Knows nothing of devices or ranks."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
@@ -41,9 +41,6 @@ class Method(nn.Module):
         """uint8 images (B, 3, H, W) on the device -> what forward takes. Draws from `generator` only."""
         raise NotImplementedError
 
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise NotImplementedError
-
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """{"loss": the total, ...: each term}, float32 scalars."""
         raise NotImplementedError
@@ -57,14 +54,14 @@ class Method(nn.Module):
 
 
 def _load(path: Path) -> list[type[Method]]:
-    name = "sslbench_method_" + path.stem
+    name = f"sslbench_method_{path.stem}_{digest(str(path))}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec and spec.loader
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    found = vars(sys.modules[name]).values()
-    return [c for c in found if isinstance(c, type) and issubclass(c, Method) and c.__module__ == name]
+    classes = [c for c in vars(sys.modules[name]).values() if isinstance(c, type) and issubclass(c, Method)]
+    return [c for c in classes if c.__module__ == name]
 
 
 def methods() -> dict[str, type[Method]]:
@@ -81,7 +78,6 @@ def get_method(name: str) -> type[Method]:
             if c.__name__ == cls:
                 return c
         raise UserError(f"no Method named '{cls}' in {path}")
-    known = methods()
-    if name not in known:
-        raise UserError(f"unknown method '{name}'{nearest(name, known)}")
-    return known[name]
+    if found := methods().get(name):
+        return found
+    raise UserError(f"unknown method '{name}'{nearest(name, methods())}")

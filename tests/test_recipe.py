@@ -19,7 +19,8 @@ def test_extends_composes_and_the_child_wins(tmp_path):
 
 
 def test_set_overrides_flags_and_file_with_yaml_values():
-    recipe = compose("ocl", recipe="ocl_smoke", science={"epochs": 7}, sets=["science.epochs=9", "science.optim.lr=1e-3",
+    recipe = compose("ocl", recipe="ocl_smoke", science={"epochs": 7}, sets=["science.epochs=9",
+                     "science.optim.lr=1e-3",
                      "science.augment.crop_scale=[0.3, 0.9]", "science.method.kappa=16"])  # fmt: skip
     s = recipe.science
     assert (s.epochs, s.optim.lr, s.augment.crop_scale, s.method["kappa"]) == (9, 1e-3, (0.3, 0.9), 16.0)
@@ -115,7 +116,8 @@ def test_every_recipe_resolves_and_opens_with_its_command(name):
     ("method", "arch", "data", "expected"),
     [("ocl", None, None, "vit_b16_imagenet"), ("ocl", "vit_l16", None, "vit_l16_imagenet"),
      ("ocl", None, "builtin", "vit_mini4_builtin"), ("mae", "vit_b16", "builtin", "vit_b16_builtin"),
-     ("mae", "vit_l16", "imagenet:/x", "vit_l16_imagenet"), ("mae", None, "npz:/x/cifar10_train.npz", "vit_ti4_cifar10"),
+     ("mae", "vit_l16", "imagenet:/x", "vit_l16_imagenet"),
+     ("mae", None, "npz:/x/cifar10_train.npz", "vit_ti4_cifar10"),
      ("ocl", None, "folder:/x", "vit_mini4_builtin"), ("ocl", "vit_b16", "folder:/x", "vit_b16_builtin")],
 )  # fmt: skip
 def test_the_recipe_that_a_command_means(method, arch, data, expected):

@@ -14,8 +14,8 @@ from sslbench.report.tables import tables
 def fields(value=40.0, method="ocl", seed=0, **over):
     trained = method != "untrained"
     base = {
-        "created": "2026-01-01T00:00:00+00:00", "metric": "knn_top1", "dataset": "builtin", "value": value, "stderr": 1.5,
-        "n": 1000, "method": method, "preset": "paper" if trained else None, "arch": "vit_mini4",
+        "created": "2026-01-01T00:00:00+00:00", "metric": "knn_top1", "dataset": "builtin", "value": value,
+        "stderr": 1.5, "n": 1000, "method": method, "preset": "paper" if trained else None, "arch": "vit_mini4",
         "protocol": {"name": "knn_cls", "hash": "aaaaaaaaaaaa"},
         "pretrain": {"recipe_hash": method * 2 if trained else None, "run": "r", "data": "builtin" if trained else None,
                      "epochs": 10 if trained else None, "images_seen": 40000, "batch": 64},
@@ -86,5 +86,5 @@ def test_bad_names_and_bad_lines_are_named(home):
     with pytest.raises(UserError, match=r"ocl\.jsonl, line 2 repeats"):
         ledger.read()
     path.write_text(path.read_text().splitlines()[0].replace('"knn_top1"', "3") + "\n")
-    with pytest.raises(UserError, match="line 1 is not a ledger record .*metric"):
+    with pytest.raises(UserError, match=r"line 1 is not a ledger record .*metric"):
         ledger.read()
