@@ -61,13 +61,19 @@ Run = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to write to.")]
 
 
+def _first_process() -> bool:
+    """Of the processes of one distributed run, the one that talks."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
+
+
 def console(as_json: bool = False) -> Console:
     """Where a command talks: standard output, unless that belongs to JSON."""
-    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+    return Console(stderr=as_json, highlight=False, soft_wrap=True, quiet=not _first_process())
 
 
 def answer(as_json: bool, value: Any) -> None:
-    if as_json:
+    if as_json and _first_process():
         print(json.dumps(value))
 
 

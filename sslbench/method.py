@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from .errors import UserError, nearest
 from .paths import bundled
-from .recipe import Augment, digest
+from .recipe import Augment, Strict, digest
 from .vit import VisionTransformer
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Strict):
     """Every switch of a method, its defaults the paper's."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Method(nn.Module):

@@ -11,28 +11,25 @@ from torch import Tensor
 
 
 class FiniteGuard:
-    """Lets an optimiser step only while every gradient so far was finite, without waiting for the device.
+    """Lets an optimiser move weights only while every gradient so far was finite, without waiting for the device.
 
-    On a GPU the answer stays there: AdamW's fused kernel takes `found_inf` and leaves weights and moments alone
-    where it is set. It stays set, so that nothing moves until the next log step reads it and stops the run.
+    The answer stays on the device: AdamW's fused kernel takes `found_inf` and leaves weights and moments alone where it
+    is set. It stays set, so that nothing moves until a log step reads it and stops the run.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self.found = torch.zeros((), device=device)
 
     def check(self, value: Tensor) -> None:
-        self.found = torch.maximum(self.found, (~torch.isfinite(value)).float())
+        """To be called with what must be finite before each optimizer.step()."""
+        self.found.copy_(torch.maximum(self.found, (~torch.isfinite(value)).float()))
 
-    def allow(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether to call optimizer.step() now. On a CPU nothing is waited for by looking."""
-        if self.device.type == "cpu":
-            return self.found.item() == 0
-        optimizer.found_inf = self.found  # type: ignore[attr-defined]
-        return True
+    def arm(self, optimizer: Any) -> None:
+        """Have `optimizer` (or the one that Fabric wrapped) look at the guard in every step."""
+        getattr(optimizer, "optimizer", optimizer).found_inf = self.found
 
     def tripped(self) -> bool:
-        """Waits for the device: for log steps."""
+        """Waits for the device: for log steps, and for CPUs, where there is nothing to wait for."""
         return self.found.item() != 0
 
 

@@ -158,6 +158,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     run.steps = first
 
     guard = FiniteGuard(fabric.device)
+    guard.arm(optimizer)
     scaler = getattr(fabric.strategy.precision, "scaler", None)  # fp16 only: it has its own way with infinities
     generator = torch.Generator(fabric.device)
     running, watch = Running(), Stopwatch()
@@ -184,8 +185,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             else:
                 norm = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
             guard.check(losses["loss"] if scaler is not None else norm)
-            if guard.allow(optimizer):
-                optimizer.step()
+            optimizer.step()
             optimizer.zero_grad()
             method.after_step((step + 1) / total)
             running.add({**losses, "grad_norm": norm})
