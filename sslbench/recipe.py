@@ -76,7 +76,7 @@ class Machine(Strict):
     workers: int = Field(4, ge=0)  # that decode images; data sets that live in memory need none
     compile: bool = False
     log_every: int = Field(20, gt=0)  # steps; the only steps that wait for the device
-    save_every: int | None = Field(None, gt=0)  # steps between checkpoints; None: about every epoch
+    save_every: int | None = Field(None, gt=0)  # steps between checkpoints; None: an epoch, or more where that is short
     tensorboard: bool = True
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,3 +89,14 @@ def test_a_non_finite_step_stops_before_the_weights_move(run_sslbench, tmp_path)
     folder = next((tmp_path / "runs").iterdir())
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "failed" and "not finite" in run["error"]
+
+
+def test_a_checkpoint_of_another_arch_is_refused(run_sslbench, tmp_path):
+    args = ["pretrain", "mae", "--recipe", "mae_smoke", "--set", "machine.tensorboard=false"]
+    assert run_sslbench(*args, "--out", "a", home=tmp_path).returncode == 0
+    assert run_sslbench(*args, "--arch", "vit_ti4", "--epochs", "0", "--out", "b", home=tmp_path).returncode == 0
+    run = json.loads((tmp_path / "b/run.json").read_text())
+    (tmp_path / "b/run.json").write_text(json.dumps({**run, "status": "interrupted"}))
+    shutil.copytree(tmp_path / "a/checkpoints", tmp_path / "b/checkpoints", dirs_exist_ok=True)
+    done = run_sslbench(*args, "--arch", "vit_ti4", "--epochs", "0", "--out", "b", home=tmp_path)
+    assert done.returncode == 2 and "not of this mae vit_ti4" in done.stderr, done.stderr

@@ -143,14 +143,20 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     )
     per_epoch = loader.steps_per_epoch
     total = per_epoch * science.epochs
-    save_every = machine.save_every or max(per_epoch, total // 100, 1)
+    save_every = machine.save_every or max(per_epoch, min(total // 100, 500), 1)
 
     found = newest_checkpoint(run.checkpoints)
     first = 0
     if found:
         first, state = found
-        method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            method.load_state_dict(state["method"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as e:
+            raise UserError(
+                f"the checkpoint of step {first} in {run.checkpoints} is not of this {run.label}: "
+                f"{' '.join(str(e).split())[:200]}; remove it, or choose another folder with --out"
+            ) from None
         run.cost, run.resumed = state["cost"], run.resumed + 1
         loader.corrupt = set(state["corrupt"])
     model, optimizer = fabric.setup(step_module, optimizer)
@@ -165,7 +171,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     metrics = Metrics(run.folder, first, machine.tensorboard) if fabric.is_global_zero else None
     micro_batches = loader(first, total)
     with progress_bar(console, progress) as bar:
-        task = bar.add_task(f"{run_label(run)}", total=total, completed=first, note="")
+        task = bar.add_task(run.label, total=total, completed=first, note="")
         for step in range(first, total):
             # Anything a model draws on its own (drop path) is a function of the step too.
             torch.manual_seed(seed_of("model", science.seed, step, fabric.global_rank))
@@ -193,20 +199,23 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             run.steps = step + 1
 
             last = run.steps == total
-            if last or run.steps % machine.log_every == 0 or (fabric.device.type == "cpu" and guard.tripped()):
-                means = running.means()  # the one place that waits for the device
-                if guard.tripped():
-                    raise RunFailed(
-                        f"the gradient is not finite at or before step {run.steps} (loss {means['loss']:.4g}); the "
-                        f"weights did not move. Try a lower science.optim.lr, a longer warm-up, or precision 32"
-                    )
+            log = last or run.steps % machine.log_every == 0
+            save = last or signals.received or run.steps % save_every == 0
+            # Only here does the host wait for the device (a CPU keeps nobody waiting).
+            if (log or save or fabric.device.type == "cpu") and guard.tripped():
+                raise RunFailed(
+                    f"the gradient is not finite at or before step {run.steps} (loss {running.means()['loss']:.4g}); "
+                    f"the weights did not move. Try a lower science.optim.lr, a longer warm-up, or precision 32"
+                )
+            if log:
+                means = running.means()
                 speed = watch.read(loader.wait_s)
                 if metrics:
                     metrics.write(run.steps, {"epoch": run.steps / per_epoch, "lr": lr, **means, **speed})
                 note = f"loss {means['loss']:.3f} {speed['images_per_s']:.0f} img/s wait {speed['data_wait']:.0%}"
                 bar.update(task, note=note)
             bar.update(task, completed=run.steps)
-            if last or signals.received or run.steps % save_every == 0:
+            if save:
                 run.save(method, optimizer, loader)
             if signals.received and not last:
                 raise Interrupted(f"{signals.received} after step {run.steps} of {total}; the same command resumes")
@@ -215,15 +224,12 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     run.finish(method)
 
 
-def run_label(run: Run) -> str:
-    return f"{run.recipe.method} {run.recipe.science.arch}"
-
-
 class Run:
     """The run folder: what is written there, and the cost so far."""
 
     def __init__(self, recipe: Recipe, folder: Path, fabric: Fabric, previous: dict[str, Any]) -> None:
         self.recipe, self.folder, self.fabric = recipe, folder, fabric
+        self.label = f"{recipe.method} {recipe.science.arch}"
         self.checkpoints = folder / "checkpoints"
         self.cost: dict[str, Any] = {"wall_s": 0.0, "images_seen": 0}
         self.resumed = previous.get("resumed", 0)
