@@ -6,6 +6,7 @@ torchvision's `resized_crop` on PIL images to the rounding, on any device, for a
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -40,10 +41,10 @@ def crop_boxes(
     fall_h = h if ratio >= 3 / 4 else round(w / (3 / 4))
     found = fits.any(1)
     return (
-        torch.where(found, top, top.new_tensor((h - fall_h) // 2)),
-        torch.where(found, left, left.new_tensor((w - fall_w) // 2)),
-        torch.where(found, box_h, box_h.new_tensor(fall_h)),
-        torch.where(found, box_w, box_w.new_tensor(fall_w)),
+        torch.where(found, top, (h - fall_h) // 2),
+        torch.where(found, left, (w - fall_w) // 2),
+        torch.where(found, box_h, fall_h),
+        torch.where(found, box_w, fall_w),
     )
 
 
@@ -142,17 +143,20 @@ def resize_centre(images: Tensor, size: int) -> Tensor:
     return resample(images, rows, columns)
 
 
+@functools.cache
+def _statistics(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1) on the device, made once: a copy from the host in every step would wait for the device."""
+    with torch.inference_mode(False):  # whoever asks first, training may use it too
+        return torch.tensor(values, device=device).view(-1, 1, 1) * 255
+
+
 def normalise(images: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
     """0..255 -> zero mean and unit variance by channel."""
-    m = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
-    s = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
-    return (images.float() - m) / s
+    return (images.float() - _statistics(mean, images.device)) / _statistics(std, images.device)
 
 
 def denormalise(
     images: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
 ) -> Tensor:
     """The inverse of `normalise`, clamped to 0..255."""
-    m = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
-    s = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
-    return (images.float() * s + m).clamp(0, 255)
+    return (images.float() * _statistics(std, images.device) + _statistics(mean, images.device)).clamp(0, 255)

@@ -180,10 +180,10 @@ def test_the_split_is_disjoint_and_as_large_as_the_released_codes(ratio, k):
 
 def test_the_scale_is_learned_from_one_over_tau_and_clamped():
     method = make("ocl")
-    assert float(method.scale()) == pytest.approx(1 / 0.07) and method.log_scale.requires_grad
+    assert method.scale().item() == pytest.approx(1 / 0.07) and method.log_scale.requires_grad
     method.log_scale.data.fill_(9.0)
     method.after_step(0)
-    assert float(method.scale()) == pytest.approx(100)
+    assert method.scale().item() == pytest.approx(100)
 
 
 def test_presets_differ_as_the_file_says():

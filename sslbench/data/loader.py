@@ -57,8 +57,10 @@ class MicroBatches:
         self.workers = workers
         self.corrupt: set[int] = set()  # indices of files that could not be read
         self.wait_s = 0.0  # host time spent waiting for data
+        self.order_device = torch.device("cpu")
         if isinstance(data, MemoryImages):
-            self.resident = data.images.to(device)
+            # The order too: a copy of indices in every step would wait for the device.
+            self.resident, self.order_device = data.images.to(device), device
 
     def indices(self, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
         """(epoch, indices) of each micro-batch of steps first .. last - 1."""
@@ -66,7 +68,7 @@ class MicroBatches:
         for step in range(first, last):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = epoch_order(len(self.data), self.seed, epoch)
+                order = epoch_order(len(self.data), self.seed, epoch).to(self.order_device)
             begin = step % self.steps_per_epoch * self.micro * self.world * self.accumulation
             for a in range(self.accumulation):
                 start = begin + (a * self.world + self.rank) * self.micro
@@ -75,7 +77,7 @@ class MicroBatches:
     def __call__(self, first: int, last: int) -> Iterator[Tensor]:
         if isinstance(self.data, MemoryImages):
             for _, index in self.indices(first, last):
-                yield self.resident[index.to(self.device, non_blocking=True)]
+                yield self.resident[index]
             return
         loader = DataLoader(
             _Decoded(self.data, self.seed, *self.crop),
