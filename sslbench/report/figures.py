@@ -72,8 +72,8 @@ def compute(table: Table) -> Figure | None:
             axis.axhline(base.value, color="#777777", linestyle="--", linewidth=1.2)
             axis.annotate("untrained ViT", (0.99, base.value), (0, 4), xycoords=("axes fraction", "data"),
                           textcoords="offset points", ha="right", color="#555555", fontsize=9)  # fmt: skip
-        axis.set_xlim(left=0)
-        axis.margins(x=0.25, y=0.2)
+        axis.set_xlim(0, 1.25 * max((row.first.cost.flops or 0) / 1e12 for row in points))
+        axis.margins(y=0.2)
         axis.set_xlabel("TFLOP of pre-training")
         axis.set_ylabel(f"{column}: top-1, %")
     return figure

@@ -85,7 +85,7 @@ def _cost(row: Row) -> list[str]:
     return [f"{r.pretrain.epochs:g}", f"{r.pretrain.images_seen or 0:,}", f"{r.cost.wall_s:,.0f}", flops]
 
 
-COST_HEADS = ["epochs", "images seen", "wall s", "TFLOP"]
+COST_HEADS = ["epochs", "images", "wall s", "TFLOP"]
 
 
 def _text(cell: Cell | None) -> str:
@@ -156,7 +156,7 @@ CSS = """
   .figure { background: #fff; border-radius: 6px; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-       max-width: 60rem; padding: 0 1rem; }
+       max-width: 66rem; padding: 0 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .note { background: var(--shade); border-left: 3px solid var(--soft); padding: .5rem .9rem; margin: .6rem 0; }
 .soft { color: var(--soft); font-size: .9rem; }
