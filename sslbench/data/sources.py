@@ -20,6 +20,7 @@ from ..errors import UserError, nearest
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 KINDS = ("builtin", "npz", "folder", "imagenet")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+HINT = "`--data builtin` and `sslbench quickstart` run now, with no download"
 # Training images of sets that a plan may be asked about before they are on this machine.
 SIZES = {"imagenet": 1_281_167, "builtin": 4_000}
 
@@ -154,7 +155,7 @@ def _npz(path: Path, split: str) -> MemoryImages:
 def _folder(kind: str, path: Path, split: str) -> FolderImages:
     """ImageFolder: PATH/train and PATH/val, each with a folder a class. Without class folders: no labels."""
     if not path.is_dir():
-        raise UserError(f"data '{kind}:{path}': no such folder")
+        raise UserError(f"data '{kind}:{path}': no such folder. {HINT}")
     root = next((path / word for word in SPLITS[split] if (path / word).is_dir()), None)
     if root is None:
         raise UserError(
@@ -207,7 +208,7 @@ def _bare(name: str, split: str) -> ImageSet:
     raise UserError(
         f"data set '{name}' not found ({looked}){near if near.startswith('; did') else ''}. "
         f"Point to it with --data {kind}:DIR (DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE), or set SSLBENCH_DATA to "
-        f"the folder that holds '{name}'. `--data builtin` and `sslbench quickstart` run now, with no download"
+        f"the folder that holds '{name}'. {HINT}"
     )
 
 
