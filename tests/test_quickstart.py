@@ -3,8 +3,12 @@
 import json
 
 import pytest
+from rich.console import Console
 
+from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.method import methods
+from sslbench.pretrain import compose
+from sslbench.train.loop import pretrain
 
 
 def test_quickstart_measures_every_method_beside_the_untrained_vit(run_sslbench, tmp_path):
@@ -22,21 +26,17 @@ def test_quickstart_measures_every_method_beside_the_untrained_vit(run_sslbench,
 
 
 @pytest.mark.slow
-def test_ocl_gains_four_points_of_knn_over_the_untrained_vit(run_sslbench, tmp_path):
+def test_ocl_gains_four_points_of_knn_over_the_untrained_vit(home):
     """Mean of 3 seeds, at quickstart's settings and about its length on two cores without bf16."""
-
-    def knn(run, seed):
-        done = run_sslbench("eval", "knn", run, "--data", "builtin", "--seed", seed, "--json", home=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])["value"]
-
+    quiet = Console(quiet=True)
     gains = []
     for seed in range(3):
-        done = run_sslbench(
-            "pretrain", "ocl", "--data", "builtin", "--seed", seed, "--epochs", "10", "--json", home=tmp_path
+        recipe = compose("ocl", science={"data": {"spec": "builtin"}, "seed": seed, "epochs": 9})
+        pretrain(recipe, home / f"s{seed}", quiet, progress=False)
+        trained, untrained = (
+            evaluate(eval_recipe("knn"), run, "builtin", seed)[0].value
+            for run in (str(home / f"s{seed}"), "untrained:vit_mini4")
         )
-        assert done.returncode == 0, done.stderr
-        run = json.loads(done.stdout.splitlines()[-1])["run"]
-        gains.append(knn(run, seed) - knn("untrained:vit_mini4", seed))
+        gains.append(trained - untrained)
     print("k-NN gains over the untrained ViT:", gains)
     assert sum(gains) / 3 >= 4, gains
