@@ -213,13 +213,12 @@ def test_two_processes_train_as_the_recipe_says(run_sslbench, tmp_path):
 
 def test_bf16_on_a_cpu_follows_float32(run_sslbench, tmp_path):
     def losses(precision):
-        done = run_sslbench("pretrain", "ocl", *SMOKE, "--precision", precision, "--batch-size", "64", "--set",
+        done = run_sslbench("pretrain", "ocl", *SMOKE, "--precision", precision, "--batch-size", "128", "--set",
                             "machine.log_every=1", "--out", precision, home=tmp_path)  # fmt: skip
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
     a, b = losses("32"), losses("bf16")
-    assert len(a) == 62 and a != b
-    assert all(abs(x - y) < 0.05 * x for x, y in zip(a[:10], b[:10], strict=True))
-    assert abs(sum(a[-10:]) - sum(b[-10:])) < 0.1 * sum(a[-10:])
+    assert len(a) == 31 and a != b
+    assert all(abs(x - y) < 0.05 * x for x, y in zip(a, b, strict=True))
