@@ -4,9 +4,11 @@ import json
 import re
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from sslbench.cli import app
+from sslbench.data import open_split
 
 SMOKE = ["--recipe", "ocl_smoke", "--set", "machine.tensorboard=false"]
 
@@ -200,6 +202,21 @@ def test_a_folder_of_photographs_trains_with_workers_and_counts_what_it_cannot_r
     done = run_sslbench("pretrain", "ocl", *SMOKE, "--data", f"folder:{image_folder}", "--batch-size", "16",
                         "--set", "machine.workers=1", "--json", home=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_one_corrupt_image_in_a_thousand_is_substituted_and_counted_in_the_run(run_sslbench, tmp_path):
+    data = open_split("builtin", "train")
+    folder = tmp_path / "images/train/all"
+    folder.mkdir(parents=True)
+    for i, x in enumerate(data.images[:1100]):
+        Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder / f"{i:04d}.png")
+    (folder / "0007.png").write_bytes(b"torn")
+    check = run_sslbench("data", "check", f"folder:{tmp_path}/images", home=tmp_path)
+    assert check.returncode == 0 and "0007.png" in check.stdout  # a run would accept it
+    done = run_sslbench("pretrain", "ocl", *SMOKE, "--data", f"folder:{tmp_path}/images", "--batch-size", "100",
+                        "--set", "machine.workers=2", "--out", "r", home=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r/run.json").read_text())["substituted"] == 1
 
 
 def test_two_processes_train_as_the_recipe_says(run_sslbench, tmp_path):
