@@ -1,14 +1,19 @@
 """Batched views equal torchvision's on the same boxes, and draw from their generator alone."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import InterpolationMode
 
 from sslbench.data import open_split
 from sslbench.views import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     crop_boxes,
     denormalise,
     normalise,
@@ -46,9 +51,21 @@ def test_boxes_lie_inside_the_image_and_within_scale_and_aspect(h, w, seed):
     assert (top >= 0).all() and (left >= 0).all() and (bh >= 1).all() and (bw >= 1).all()
     assert (top + bh <= h).all() and (left + bw <= w).all()
     assert all(x.equal(x.round()) for x in (top, left, bh, bw))
-    if min(h, w) > 60 and max(h, w) < 1.3 * min(h, w):
-        assert ((bw / bh) > 0.70).all() and ((bw / bh) < 1.42).all()
-        assert (bh * bw / (h * w) > 0.17).all()
+    # A side is rounded by half a pixel at most; the fallback, too, keeps to the aspects.
+    assert ((bw + 0.5) / (bh - 0.5) >= 3 / 4 - 1e-4).all() and ((bw - 0.5) / (bh + 0.5) <= 4 / 3 + 1e-4).all()
+    if max(h, w) <= 4 / 3 * min(h, w):  # a box of any area fits, so that nothing falls back
+        assert ((bw + 0.5) * (bh + 0.5) >= 0.2 * h * w - 1e-2).all()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 100), (300, 200)])
+def test_boxes_are_distributed_as_torchvisions(size):
+    ours = torch.stack(crop_boxes(2000, size, (0.2, 1.0), torch.Generator().manual_seed(0)), 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blank, law = torch.zeros(3, *size), ((0.2, 1.0), (3 / 4, 4 / 3))
+        theirs = torch.tensor([RandomResizedCrop.get_params(blank, *law) for _ in range(2000)]).float()
+    for what in (lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2]):
+        assert ks_2samp(what(ours), what(theirs)).pvalue > 1e-3
 
 
 def test_an_image_too_long_for_any_box_falls_back_to_the_centre():
@@ -56,11 +73,23 @@ def test_an_image_too_long_for_any_box_falls_back_to_the_centre():
     assert (bh == 10).all() and (bw == 13).all() and (top == 0).all() and (left == 493).all()
 
 
-def test_the_evaluation_view_is_resize_256_and_centre_crop_224():
-    image = tv.resize(Image.fromarray(photographs()[0].permute(1, 2, 0).numpy()), [300, 400], InterpolationMode.BICUBIC)
-    expected = tv.pil_to_tensor(tv.center_crop(tv.resize(image, [256], InterpolationMode.BICUBIC), [224])).float()
-    got = resize_centre(tv.pil_to_tensor(image)[None], 224)[0]
+@pytest.mark.parametrize(
+    ("size", "short", "view"),
+    [((300, 400), 256, 224), ((401, 300), 256, 224), ((500, 230), 256, 224), ((33, 32), 18, 16)],
+)
+def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop_to_one_level(size, short, view):
+    picture = Image.fromarray(photographs()[0].permute(1, 2, 0).numpy())
+    image = tv.resize(picture, size, InterpolationMode.BICUBIC)
+    expected = tv.pil_to_tensor(tv.center_crop(tv.resize(image, [short], InterpolationMode.BICUBIC), [view])).float()
+    got = resize_centre(tv.pil_to_tensor(image)[None], view)[0]
     assert (got - expected).abs().max() <= 1
+
+
+def test_an_image_no_larger_than_the_view_is_seen_whole():
+    small = photographs()[:2, :, :50, :40]
+    expected = torch.stack([tv.pil_to_tensor(tv.resize(tv.to_pil_image(x), [64, 64], InterpolationMode.BICUBIC))
+                            for x in small]).float()  # fmt: skip
+    assert (resize_centre(small, 64) - expected).abs().max() <= 1
     same = photographs(2, 64)
     assert resize_centre(same, 64).equal(same.float())
 
@@ -78,9 +107,12 @@ def test_crops_made_by_workers_pass_through():
     crops = torch.stack([photographs(4, 64), photographs(4, 64).flip(-1)], 1)
     got = random_resized_crop(crops, 64, (0.2, 1), False, torch.Generator().manual_seed(0), view=1)
     assert got.equal(crops[:, 1].float())
+    mirrored = random_resized_crop(crops, 64, (0.2, 1), True, torch.Generator().manual_seed(1), view=1)
+    either = [[y.equal(x), y.equal(x.flip(-1))] for x, y in zip(crops[:, 1].float(), mirrored, strict=True)]
+    assert all(map(any, either)) and {tuple(e) for e in either} == {(True, False), (False, True)}
 
 
-def test_normalise_and_back():
-    x = photographs().float()
-    torch.testing.assert_close(denormalise(normalise(x)), x, atol=1e-3, rtol=0)
-    assert normalise(x).mean().abs() < 1.5
+def test_normalise_is_torchvisions_and_denormalise_its_inverse():
+    x = photographs()
+    torch.testing.assert_close(normalise(x), tv.normalize(x / 255, IMAGENET_MEAN, IMAGENET_STD), atol=1e-5, rtol=0)
+    torch.testing.assert_close(denormalise(normalise(x)), x.float(), atol=1e-3, rtol=0)
