@@ -14,8 +14,9 @@ from sslbench.decoder import Decoder
 from sslbench.losses import normalise_patches, patch_mse
 from sslbench.masking import n_kept, random_order
 from sslbench.method import Method, MethodConfig
+from sslbench.pictures import Canvas
 from sslbench.recipe import Augment
-from sslbench.views import normalise, random_resized_crop
+from sslbench.views import one_view
 from sslbench.vit import VisionTransformer, initialise, patchify, take
 
 
@@ -38,10 +39,9 @@ class MAE(Method):
         initialise(self)
 
     def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        a = self.augment
-        crops = random_resized_crop(images, self.encoder.image[0], a.crop_scale, a.flip, generator)
+        x = one_view(images, self.encoder.image[0], self.augment, generator)
         order = random_order(len(images), self.encoder.n_patches, generator)
-        return {"images": normalise(crops, a.mean, a.std), "order": order.to(images.device)}
+        return {"images": x, "order": order.to(images.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Prediction and target of the masked patches, (B, N - K, P) each."""
@@ -56,7 +56,15 @@ class MAE(Method):
         if self.config.norm_pix_loss:
             target = normalise_patches(target)
         recon = patch_mse(outputs["prediction"], target)
-        return {"loss": recon, "recon": recon.detach()}
+        return {"loss": recon, "recon": recon}
 
     def tokens_per_image(self) -> int:
         return self.n_kept + 1
+
+    def pictures(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        order, canvas = views["order"], Canvas(self, views["images"])
+        hidden = order[:, self.n_kept :]
+        return {
+            "visible": canvas.only(order[:, : self.n_kept]),
+            "reconstruction": canvas.filled(self(views)["prediction"], hidden, self.config.norm_pix_loss),
+        }

@@ -14,8 +14,7 @@ Preset `paper` follows the text and Algorithm 1, `official` the code.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -24,8 +23,10 @@ from torch import Tensor, nn
 from sslbench.losses import cosine_matrix, cross_entropy_to, gather, tsp
 from sslbench.masking import random_split, split_kept
 from sslbench.method import Method, MethodConfig
+from sslbench.pictures import Canvas
 from sslbench.recipe import Augment
-from sslbench.views import normalise, random_resized_crop
+from sslbench.siamese import mlp
+from sslbench.views import one_view
 from sslbench.vit import VisionTransformer, initialise
 
 
@@ -56,8 +57,10 @@ class OCL(Method):
             raise ValueError(
                 f"mask_ratio {config.mask_ratio} leaves no patch for each of the two groups of {encoder.n_patches}"
             )
-        depth = {"none": 0, "2-layer": 2, "3-layer": 3}[config.mlp_head]
-        self.head = mlp_head(encoder.arch.dim, depth) if depth else nn.Identity()
+        # Table 4: hidden layers 1024 wide with GELU, output 512 without, BatchNorm after every layer.
+        hidden = {"none": [], "2-layer": [1024], "3-layer": [1024, 1024]}[config.mlp_head]
+        widths = [encoder.arch.dim, *hidden, 512]
+        self.head = mlp(widths, "bn", nn.GELU, everywhere=config.gather_negatives) if hidden else nn.Identity()
         initialise(self)
         if config.freeze_patch_embed:
             encoder.freeze_patch_embed()
@@ -65,10 +68,9 @@ class OCL(Method):
             self.log_scale = nn.Parameter(torch.tensor(math.log(config.tau_init)))
 
     def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        a = self.augment
-        crops = random_resized_crop(images, self.encoder.image[0], a.crop_scale, a.flip, generator)
+        x = one_view(images, self.encoder.image[0], self.augment, generator)
         keep = random_split(len(images), self.encoder.n_patches, self.config.mask_ratio, generator)
-        return {"images": normalise(crops, a.mean, a.std), "keep": keep.to(images.device)}
+        return {"images": x, "keep": keep.to(images.device)}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Row 2i and 2i + 1 of the encoder's batch are the two groups of image i; its CLS rows are the features."""
@@ -87,7 +89,7 @@ class OCL(Method):
             first, s_mn = 0, self.similarity(m, n)
             s_nm = s_mn.T
         nce = (cross_entropy_to(s_mn * scale, first) + cross_entropy_to(s_nm * scale, first)) / 2
-        return {"loss": nce, "nce": nce.detach(), "scale": torch.as_tensor(scale, device=nce.device).detach()}
+        return {"loss": nce, "nce": nce, "scale": torch.as_tensor(scale, device=nce.device).detach()}
 
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
         return tsp(cosine_matrix(a, b), self.config.kappa, self.config.kappa_form)
@@ -105,15 +107,6 @@ class OCL(Method):
     def tokens_per_image(self) -> int:
         return 2 * (split_kept(self.encoder.n_patches, self.config.mask_ratio) + 1)
 
-
-def mlp_head(dim: int, depth: int, hidden: int = 1024, out: int = 512) -> nn.Sequential:
-    """Table 4's head: hidden layers 1024 wide with GELU, output 512 without, BatchNorm after every layer.
-
-    Linear layers have no bias where BatchNorm follows and the last BatchNorm no affine, as in MoCo v3's heads.
-    """
-    widths = [dim] + [hidden] * (depth - 1)
-    layers: list[Any] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.GELU()]
-    layers += [nn.Linear(widths[-1], out, bias=False), nn.BatchNorm1d(out, affine=False)]
-    return nn.Sequential(*layers)
+    def pictures(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        canvas = Canvas(self, views["images"])
+        return {f"group {i + 1}": canvas.only(views["keep"][:, i]) for i in (0, 1)}

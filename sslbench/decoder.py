@@ -27,12 +27,12 @@ class Decoder(nn.Module):
         self.norm = norm(dim)
         self.pred = nn.Linear(dim, encoder.arch.patch**2 * 3)
 
-    def forward(self, tokens: Tensor, order: Tensor, every: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, order: Tensor, rows: slice | None = None) -> Tensor:
         """tokens (B, 1 + K, D) of the visible patches order[:, :K] -> pixels of the masked ones, (B, N - K, P).
 
         Row j of the answer is patch order[:, K + j]. Attention does not care for the order of its tokens, so none
-        is restored: positions are shuffled instead, one gather where MAE's code has two. `every=True`: (B, N, P),
-        row j being patch order[:, j], the visible ones too.
+        is restored: positions are shuffled instead, one gather where MAE's code has two. `rows`: which rows of
+        [CLS, order[:, 0], ..., order[:, N - 1]] to predict instead, such as slice(1, None), every patch.
         """
         x = self.embed(tokens)
         b, t = x.shape[:2]
@@ -42,5 +42,5 @@ class Decoder(nn.Module):
         *body, last = self.blocks
         for block in body:
             x = block(x)
-        x = last(x)[:, 1:] if every else block_rows(last, x, slice(t, None))
+        x = block_rows(last, x, rows or slice(t, None))
         return self.pred(self.norm(x))

@@ -55,7 +55,7 @@ def _recipes() -> list[dict[str, Any]]:
     from .recipe import recipe_files
 
     rows = []
-    for kind in ("pretrain", "eval"):
+    for kind in ("pretrain", "eval", "ablations"):
         for name, path in recipe_files(kind).items():
             first = path.read_text().splitlines()[0].removeprefix("# ")
             rows.append({"recipe": name, "kind": kind, "command": first})
@@ -126,6 +126,8 @@ def show_data(console: Console) -> list[dict[str, Any]]:
         {"spec": "npz:PATH", "what": "images uint8 (N, H, W, 3), labels; PATH_train.npz and PATH_test.npz"},
         {"spec": "folder:DIR", "what": "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE"},
         {"spec": "imagenet:DIR", "what": "the same, with ImageNet-1K's 1000 classes"},
+        {"spec": "coco:DIR", "what": "DIR/train2017/*.jpg, DIR/val2017/*.jpg, without labels"},
+        {"spec": "A+B", "what": "several of these as one, without labels"},
     ]
     root = os.environ.get("SSLBENCH_DATA")
     if root and Path(root).is_dir():

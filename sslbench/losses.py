@@ -43,6 +43,12 @@ def patch_mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @float32
+def patch_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """Absolute difference over the patches given, (B, M, P) both: mean over pixels and patches."""
+    return F.l1_loss(prediction, target)
+
+
+@float32
 def tsp(cosine: Tensor, kappa: float, form: str = "multiply") -> Tensor:
     """T-SP similarity (OCL Eq. 2): 0.5 (1 + cos) / (1 + (1 - cos) k), in [0, 1].
 
@@ -66,6 +72,17 @@ def cross_entropy_to(logits: Tensor, offset: int = 0) -> Tensor:
     """Cross-entropy of (B, C) logits whose row i has its positive in column offset + i."""
     target = torch.arange(offset, offset + logits.shape[0], device=logits.device)
     return F.cross_entropy(logits, target)
+
+
+@float32
+def info_nce_with_bank(q: Tensor, k: Tensor, bank: Tensor, tau: float) -> Tensor:
+    """InfoNCE of queries (B, D) with one positive each, k (B, D), and a bank of unit negatives (K, D).
+
+    The logits are [positive, negatives] / tau: the positive has index 0 (MACRL Eq. 2, after MoCo).
+    """
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    logits = torch.cat([(q * k).sum(-1, keepdim=True), q @ bank.T], dim=1) / tau
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
 class _Gather(torch.autograd.Function):
@@ -94,3 +111,12 @@ def gather(x: Tensor) -> tuple[Tensor, int]:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x, 0
     return _Gather.apply(x), dist.get_rank() * x.shape[0]
+
+
+def gather_batch(parts: list[Tensor]) -> Tensor:
+    """Rows of a step's micro-batches, (M, ...) each, over all devices, in the order of the global batch.
+
+    Micro-batch j of a step belongs to device j % devices: the answer is the same however a batch was divided.
+    """
+    everyone, _ = gather(torch.stack(parts))
+    return everyone.unflatten(0, (-1, len(parts))).transpose(0, 1).flatten(0, 2)

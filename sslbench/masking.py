@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,34 @@ def random_split(batch: int, n: int, mask_ratio: float, generator: torch.Generat
     """
     k = split_kept(n, mask_ratio)
     return random_order(batch, n, generator)[:, : 2 * k].reshape(batch, 2, k)
+
+
+def blockwise_order(
+    batch: int, grid: tuple[int, int], n_masked: int, generator: torch.Generator, smallest: int = 16
+) -> Tensor:
+    """(batch, N): an order whose last `n_masked` patches are BEiT's blocks (Bao et al. 2021, section 2.3).
+
+    Blocks of at least `smallest` patches (no more than are asked for), aspect log-uniform in (.3, 1 / .3), are laid
+    until `n_masked` patches are covered; what the last block covers beyond that stays visible, a random part of it.
+    All blocks of a batch are drawn at once: block t counts for an image as long as the ones before do not suffice.
+    """
+    rows, columns = grid
+    n = rows * columns
+    smallest = min(smallest, n_masked)
+    device = generator.device
+    y, x = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)[None]
+    first = torch.full((batch, n), torch.inf, device=device)  # the number of the block that covers a patch first
+    tries = max(4 * math.ceil(n / smallest), 16)
+    draw = torch.rand(4, batch, tries, generator=generator, device=device)
+    area = smallest + draw[0] * (n_masked - smallest)
+    ratio = torch.exp(math.log(0.3) * (1 - 2 * draw[1]))
+    height = (area * ratio).sqrt().round().clamp(1, rows)
+    width = (area / ratio).sqrt().round().clamp(1, columns)
+    top, left = (draw[2] * (rows - height + 1)).floor(), (draw[3] * (columns - width + 1)).floor()
+    for t in range(tries):
+        h, w, a, b = (v[:, t, None, None] for v in (height, width, top, left))
+        inside = ((y >= a) & (y < a + h) & (x >= b) & (x < b + w)).flatten(1)
+        first = torch.where(inside & first.isinf(), float(t), first)
+    # Early blocks are masked first; a random rank within a block, and among what no block covers, settles the rest.
+    rank = first.clamp(max=tries) + torch.rand(batch, n, generator=generator, device=device)
+    return rank.argsort(dim=1, descending=True)

@@ -39,7 +39,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{"loss": the total, ...: each term}, float32 scalars."""
+        """{"loss": the total, ...}, float32 scalars. The others that need grad are its terms, whose pull is logged."""
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
@@ -48,6 +48,15 @@ class Method(nn.Module):
     def tokens_per_image(self) -> int:
         """Tokens that the encoder sees of one image in one step, for the plan."""
         return self.encoder.n_patches + 1
+
+    def pictures(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """For `inspect`: by title, images (B, 3, H, W) in 0..255 (see `pictures.Canvas`) or heat maps (B, 1, h, w)."""
+        return {}
+
+    @classmethod
+    def compares_batch(cls, config: dict[str, Any]) -> bool:
+        """Whether, under this config, the loss compares the images of a batch: their number then is science."""
+        return cls.couples_batch
 
 
 def _load(path: Path) -> list[type[Method]]:

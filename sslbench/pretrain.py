@@ -82,9 +82,9 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
         "batch": batch.model_dump(),
         "images": images,
         "steps_per_epoch": per_epoch,
-        "steps": per_epoch * s.epochs,
+        "steps": round(per_epoch * s.epochs),
         "flops_per_image": flops,
-        "flops": flops * per_epoch * s.epochs * batch.total,
+        "flops": flops * round(per_epoch * s.epochs) * batch.total,
         "hash": recipe.hash(),
     }
     console.print(dump(recipe), markup=False, end="")
@@ -93,7 +93,7 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
     views = method.tokens_per_image()
     console.print(f"tokens      {views} an image in one step (a full image has {method.encoder.n_patches + 1})")
     console.print(f"batch       {batch}")
-    if method.couples_batch:
+    if method.compares_batch(s.method):
         console.print(f"contrast    {s.contrastive_batch or s.batch_size} images compared in one loss")
     console.print(f"lr          {lr:.4g} = {s.optim.lr:g} x {s.batch_size} / 256")
     console.print(

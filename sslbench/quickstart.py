@@ -52,7 +52,8 @@ def quickstart(minutes: float, seed: int, out: Path | None, console: Console) ->
 def _sized(recipe: Recipe, seconds: float) -> Recipe:
     """The recipe with as many epochs as fit in `seconds` on this machine, a tenth of them warm-up."""
     steps = len(open_split(DATA, "train")) // recipe.science.batch_size
-    epochs = max(1, int(seconds / (_step_seconds(recipe) * steps)))
+    done = max(1, int(seconds / _step_seconds(recipe)))
+    epochs = done / steps if done < steps else done // steps
     science = recipe.science.model_copy(
         update={"epochs": epochs, "optim": recipe.science.optim.model_copy(update={"warmup_epochs": epochs / 10})}
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError, nearest
 from .paths import bundled
@@ -52,12 +52,16 @@ class Optim(Strict):
     clip_grad: float | None = Field(None, gt=0)  # largest gradient norm; None: no clipping
 
 
+# 800 and 800.0 are one number, and so one hash.
+Epochs = Annotated[int | float, AfterValidator(lambda e: int(e) if e == int(e) else e)]
+
+
 class Science(Strict):
     method: dict[str, Any]  # name, preset, and the method's own config
     arch: str = "vit_b16"
     data: Data = Data()
     augment: Augment = Augment()
-    epochs: int = Field(800, ge=0)
+    epochs: Epochs = Field(800, ge=0)  # a part of an epoch is that part of its steps
     batch_size: int = Field(4096, gt=0)  # images a step, over all devices and accumulation
     contrastive_batch: int | None = Field(None, gt=0)  # images that one loss compares; None: the whole batch
     optim: Optim = Optim()
@@ -75,7 +79,8 @@ class Machine(Strict):
     micro_batch: int | None = Field(None, gt=0)  # images a forward pass; None: as many as the batch allows
     workers: int = Field(4, ge=0)  # that decode images; data sets that live in memory need none
     compile: bool = False
-    log_every: int = Field(20, gt=0)  # steps; the only steps that wait for the device
+    log_every: int = Field(20, gt=0)  # steps; only these wait for the device, and those of meters_every
+    meters_every: int = Field(100, gt=0)  # steps between looks at the terms' gradients and at collapse
     save_every: int | None = Field(None, gt=0)  # steps between checkpoints; None: an epoch, or more where that is short
     tensorboard: bool = True
 
@@ -136,7 +141,7 @@ class Batch(BaseModel):
 
         s, m = recipe.science, recipe.machine
         world = m.devices * m.nodes
-        couples = get_method(recipe.method).couples_batch
+        couples = get_method(recipe.method).compares_batch(s.method)
         gathers = couples and s.method.get("gather_negatives", False)
         compared = s.contrastive_batch or s.batch_size
         micro = m.micro_batch or s.batch_size // world

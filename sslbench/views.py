@@ -10,7 +10,10 @@ import functools
 import math
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from .recipe import Augment, Strict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -144,10 +147,14 @@ def resize_centre(images: Tensor, size: int) -> Tensor:
 
 
 @functools.cache
-def _statistics(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(C, 1, 1) on the device, made once: a copy from the host in every step would wait for the device."""
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The values on the device, put there once: a copy from the host in every step would wait for the device."""
     with torch.inference_mode(False):  # whoever asks first, training may use it too
-        return torch.tensor(values, device=device).view(-1, 1, 1) * 255
+        return torch.tensor(values, device=device)
+
+
+def _statistics(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return _constant(values, device).view(-1, 1, 1) * 255
 
 
 def normalise(images: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
@@ -160,3 +167,119 @@ def denormalise(
 ) -> Tensor:
     """The inverse of `normalise`, clamped to 0..255."""
     return (images.float() * _statistics(std, images.device) + _statistics(mean, images.device)).clamp(0, 255)
+
+
+def one_view(images: Tensor, size: int, augment: Augment, generator: torch.Generator, view: int = 0) -> Tensor:
+    """What a masked-image method sees: one random crop of each image, mirrored at times, normalised."""
+    crops = random_resized_crop(images, size, augment.crop_scale, augment.flip, generator, view)
+    return normalise(crops, augment.mean, augment.std)
+
+
+# ------------------------------------------------------------------- the two views of contrastive methods (BYOL's law)
+
+
+class TwoViews(Strict):
+    """BYOL's augmentations with the numbers of MoCo v3's code; where a pair is given: (first view, second view)."""
+
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    jitter_p: float = Field(0.8, ge=0, le=1)
+    gray_p: float = Field(0.2, ge=0, le=1)
+    blur_p: tuple[float, float] = (1.0, 0.1)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels, at any resolution
+    solarise_p: tuple[float, float] = (0.0, 0.2)
+
+
+def two_views(
+    images: Tensor, size: int, augment: Augment, law: TwoViews, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Two normalised views (B, 3, size, size) of each image: crop and flip, jitter, grey, blur, solarise, by chance."""
+    views = []
+    for view in (0, 1):
+        x = random_resized_crop(images, size, augment.crop_scale, augment.flip, generator, view)
+        x = distort(x, law, view, generator)
+        views.append(normalise(x, augment.mean, augment.std))
+    return views[0], views[1]
+
+
+def distort(x: Tensor, law: TwoViews, view: int, generator: torch.Generator) -> Tensor:
+    """All but the crop of a view, on (B, 3, H, W) in 0..255. Each image draws for itself."""
+
+    def uniform(*shape: int) -> Tensor:
+        draw = torch.rand(len(x), *shape, generator=generator, device=generator.device)
+        return draw.to(x.device)
+
+    def where(p: float, changed: Tensor) -> Tensor:
+        return torch.where((uniform() < p)[:, None, None, None], changed, x)
+
+    with torch.autocast(x.device.type, enabled=False):
+        strength = _constant(law.jitter[:3], x.device)
+        factors = (1 + (2 * uniform(3) - 1) * strength).clamp_min(0)
+        hue = (2 * uniform() - 1) * law.jitter[3]
+        x = where(law.jitter_p, jitter(x, factors, hue, uniform(3).argsort(1), (uniform() * 4).long()))
+        x = where(law.gray_p, luma(x).expand_as(x))
+        low, high = law.blur_sigma
+        x = where(law.blur_p[view], blur(x, low + uniform() * (high - low)))
+        if law.solarise_p[view]:
+            x = where(law.solarise_p[view], solarise(x))
+    return x
+
+
+def luma(x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W): ITU-R 601-2 grey, as PIL's and torchvision's."""
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def jitter(x: Tensor, factors: Tensor, hue: Tensor, order: Tensor, hue_at: Tensor) -> Tensor:
+    """torchvision's ColorJitter on (B, 3, H, W) in 0..255.
+
+    factors (B, 3) of brightness, contrast, saturation, applied in `order` (B, 3), a permutation; a shift by hue (B,)
+    of the colour circle after the first `hue_at` (B,) of them. All 24 orders come about, yet hue is computed once.
+    """
+
+    def blends(x: Tensor, active: Tensor) -> Tensor:  # active (B, 3): which of the three steps count
+        for step in range(3):
+            which = order[:, step]
+            f = factors.gather(1, which[:, None])[:, :, None, None]
+            grey = luma(x)
+            which = which[:, None, None, None]
+            other = torch.where(which == 1, grey.mean((2, 3), keepdim=True), grey) * (which != 0)
+            blended = (x * f + (1 - f) * other).clamp(0, 255)
+            x = torch.where(active[:, step, None, None, None], blended, x)
+        return x
+
+    before = torch.arange(3, device=x.device)[None] < hue_at[:, None]
+    return blends(shift_hue(blends(x, before), hue), ~before)
+
+
+def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the colours of (B, 3, H, W) in 0..255 by shift (B,), a share of the circle; value and saturation stay."""
+    value, least = x.amax(1), x.amin(1)
+    spread = value - least
+    r, g, b = x.unbind(1)
+    safe = torch.where(spread > 0, spread, 1.0)
+    angle = torch.where(
+        value == r, ((g - b) / safe) % 6, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
+    )
+    angle = angle + 6 * shift[:, None, None]
+    # HSV back to RGB: channel n is value - spread x max(0, min(k, 4 - k, 1)), k = (n + hue / 60 degrees) mod 6.
+    k = (_constant((5.0, 3.0, 1.0), x.device).view(3, 1, 1) + angle[:, None]) % 6
+    return value[:, None] - spread[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of (B, 3, H, W) with sigma (B,) in pixels, edge pixels repeated beyond the edge."""
+    for axis in (-2, -1):
+        n = x.shape[axis]
+        reach = min(8, n - 1)  # four of the largest sigma
+        offset = torch.arange(-reach, reach + 1, device=x.device)
+        weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+        weight = (weight / weight.sum(1, keepdim=True))[:, None].expand(-1, n, -1)
+        source = (torch.arange(n, device=x.device)[:, None] + offset).clamp(0, n - 1)[None].expand(len(x), -1, -1)
+        matrix = torch.zeros(len(x), n, n, device=x.device).scatter_add_(2, source, weight.contiguous())
+        x = torch.einsum("bsh,bchw->bcsw", matrix, x) if axis == -2 else torch.einsum("btw,bchw->bcht", matrix, x)
+    return x
+
+
+def solarise(x: Tensor, threshold: float = 128) -> Tensor:
+    """Invert what is at least as bright as the threshold, channel by channel, in 0..255."""
+    return torch.where(x >= threshold, 255 - x, x)

@@ -52,6 +52,7 @@ ARCHS: dict[str, Arch] = {
     "vit_b4": Arch(4, 768, 12, 12, 32, "vit_base_patch16_224"),
     "vit_mini4": Arch(4, 192, 6, 3, 32, "vit_tiny_patch16_224"),  # quickstart's: half of vit_ti4, for two CPU cores
     "macrl12": Arch(4, 512, 12, 4, 32),  # MACRL section 4.1
+    "macrl12_p8": Arch(8, 512, 12, 4, 64),  # the same on Tiny-ImageNet (section 4.2)
     "macrl4": Arch(16, 512, 4, 4, 224),  # MACRL section 4.2
 }
 
@@ -123,10 +124,15 @@ def block_rows(block: Any, x: Tensor, rows: slice) -> Tensor:
     y = block.norm1(x)
     q = F.linear(y[:, rows], attn.qkv.weight[:d], attn.qkv.bias[:d])
     k, v = F.linear(y, attn.qkv.weight[d:], attn.qkv.bias[d:]).chunk(2, dim=-1)
-    q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (split_heads(t, attn.num_heads) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     x = x[:, rows] + attn.proj(y)
     return x + block.mlp(block.norm2(x))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, D) -> (B, heads, T, D / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class VisionTransformer(nn.Module):
@@ -154,11 +160,12 @@ class VisionTransformer(nn.Module):
         """Keep the projection at its random values (OCL section 2.1, after MoCo v3)."""
         self.patch_embed.requires_grad_(False)
 
-    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def tokens(self, images: Tensor, keep: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
         """Embed images (B, 3, H, W), with CLS in front and positions added.
 
         keep: patch indices to embed, all others cost nothing. None -> (B, 1 + N, D); (B, K) -> (B, 1 + K, D);
         (B, G, K), G groups of the same image -> (B * G, 1 + K, D), row b * G + g being group g of image b.
+        gain: factors on the projected patches before positions are added, such as a dropout's, (B, K, D).
         """
         patches = patchify(images, self.arch.patch)
         b = patches.shape[0]
@@ -170,7 +177,8 @@ class VisionTransformer(nn.Module):
             patches, positions = take(patches, keep), take(positions, keep)
         # The convolution of timm's PatchEmbed, as the matrix product it is: (D, C, p, p) -> (D, p * p * C).
         conv = self.patch_embed.proj
-        x = F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias) + positions
+        x = F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+        x = (x if gain is None else x * gain) + positions
         x = x.reshape(b * groups, -1, x.shape[-1])
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(b * groups, -1, -1)
         return torch.cat([cls.to(x.dtype), x], dim=1)
@@ -184,6 +192,27 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         return self.encode(self.tokens(images, keep))
+
+    def cls_attention(self, tokens: Tensor, layers: list[int], softmax: bool = True, scale: float = 1.0) -> Tensor:
+        """What CLS attends to: the head-mean attention of CLS to each patch in blocks `layers`, (B, L, N).
+
+        tokens (B, 1 + N, D), embedded. softmax False: the scaled scores, before the softmax over all keys. scale:
+        a factor on the scores beside the usual 1 / sqrt(D / heads). Runs no further than the last block
+        named, and in that block no further than its scores.
+        """
+        rows = []
+        blocks: Any = self.blocks[: max(layers) + 1]
+        for i, block in enumerate(blocks):
+            attn: Any = block.attn
+            q, k, v = (split_heads(t, attn.num_heads) for t in attn.qkv(block.norm1(tokens)).chunk(3, dim=-1))
+            if i in layers:
+                scores = (q[:, :, :1] * (attn.scale * scale)) @ k.transpose(-2, -1)
+                scores = scores.softmax(-1) if softmax else scores
+                rows.append(scores.mean(1)[:, 0, 1:].float())
+            if i < max(layers):
+                tokens = tokens + attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+                tokens = tokens + block.mlp(block.norm2(tokens))
+        return torch.stack(rows, 1)
 
 
 def pool_tokens(tokens: Tensor, pool: str) -> Tensor:

@@ -4,13 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tiny import METHODS, images, make
 from torch.nn import functional as F
 
-from sslbench.losses import cosine_matrix, cross_entropy_to, normalise_patches, patch_mse, tsp
-from sslbench.masking import random_split
-from sslbench.method import get_method
-from sslbench.recipe import Augment
-from sslbench.vit import Arch, VisionTransformer
+from sslbench.losses import cosine_matrix, cross_entropy_to, info_nce_with_bank, normalise_patches, patch_mse, tsp
+from sslbench.siamese import BatchNorm, MemoryBank, cosine_momentum, ema_, momentum_copy
 
 
 @pytest.mark.parametrize(
@@ -56,42 +54,113 @@ def test_losses_stay_float32_inside_autocast():
     torch.testing.assert_close(similarity, expected, atol=1e-6, rtol=0)
 
 
-def ocl(gathering):
-    torch.manual_seed(0)
-    cls = get_method("ocl")
-    vit = VisionTransformer(Arch(patch=8, dim=48, depth=1, heads=3, image=32))
-    return cls(cls.Config(gather_negatives=gathering, freeze_patch_embed=False), vit, Augment()).double()
+# -------------------------------------------------------------------------------- two processes, every method
+
+CASES = {
+    **{(name, None): {} for name in METHODS},
+    ("ocl", True): {"gather_negatives": True, "mlp_head": "2-layer"},
+    ("ocl", False): {"gather_negatives": False},
+    ("ccmim", True): {"gather_negatives": True},
+    ("ccmim", False): {"gather_negatives": False},
+    ("ccmim", "official"): {"gather_negatives": True, "contrast": "official"},
+    ("ccmim", "align"): {"gather_negatives": True, "contrast": "align"},
+    ("mocov3", True): {"gather_negatives": True},
+    ("mocov3", False): {"gather_negatives": False},
+    ("macrl", True): {"gather_negatives": True, "memory_bank": False, "proj_norm": "bn"},
+    ("macrl", False): {"gather_negatives": False, "memory_bank": False, "proj_norm": "bn"},
+}
 
 
-def loss_and_gradient(method, *batches):
-    """Of the mean over batches; the temperature's gradient is among the gradients."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 3, 32, 32, generator=g, dtype=torch.float64)
-    keep = random_split(8, 16, 0.3, g)
-    losses = [method.loss(method({"images": x[b], "keep": keep[b]}))["loss"] for b in batches]
-    loss = sum(losses) / len(losses)
+def per_device(name, case):
+    """Whether, by its documentation, each device of this case contrasts its own part alone."""
+    return case is False or (name == "ocl" and case is None)
+
+
+def losses_and_state(case, *parts):
+    """Of the mean over `parts` of one batch: the loss, each gradient, and what after_step leaves in buffers."""
+    method = make(case[0], **CASES[case])
+    views = method.build_views(images(32), torch.Generator().manual_seed(0))
+    loss = sum(method.loss(method({k: v[p] for k, v in views.items()}))["loss"] for p in parts) / len(parts)
     loss.backward()
-    return [loss.detach(), *(p.grad for p in method.parameters() if p.requires_grad)]
+    gradients = [p.grad for p in method.parameters() if p.requires_grad]
+    method.after_step(0.5)
+    return [loss.detach(), *gradients], [v for k, v in method.state_dict().items() if k.startswith("bank.")]
 
 
 def _process(rank, rendezvous, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    for gathering in (True, False):
-        found = loss_and_gradient(ocl(gathering), slice(4 * rank, 4 * rank + 4))
-        for t in found:  # what data parallelism does to gradients
+    found = {}
+    for case in CASES:
+        reduced, bank = losses_and_state(case, slice(16 * rank, 16 * rank + 16))
+        for t in reduced:  # what data parallelism does to gradients
             dist.all_reduce(t)
             t /= 2
-        if rank == 0:
-            torch.save(found, out / f"{gathering}.pt")
+        found[case] = reduced, bank
+    torch.save(found, out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_give_ocls_whole_batch_when_gathering_and_the_mean_of_halves_when_not(tmp_path):
+def test_two_processes_give_the_whole_batchs_loss_and_gradients_or_the_mean_of_halves_where_documented(tmp_path):
     mp.spawn(_process, (tmp_path / "rendezvous", tmp_path), nprocs=2)
-    whole = loss_and_gradient(ocl(True), slice(0, 8))
-    halves = loss_and_gradient(ocl(False), slice(0, 4), slice(4, 8))
-    assert abs(whole[0] - halves[0]) > 0.1
-    for gathering, expected in ((True, whole), (False, halves)):
-        found = torch.load(tmp_path / f"{gathering}.pt")
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert {name for name, _ in CASES} == set(METHODS)
+    for case in CASES:
+        halves, _ = losses_and_state(case, slice(0, 16), slice(16, 32))
+        whole, bank = losses_and_state(case, slice(0, 32))
+        expected = halves if per_device(*case) else whole
+        (found, found_bank), (_, other_bank) = ranks[0][case], ranks[1][case]
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5, msg=lambda m, case=case: f"{case}: {m}")
+        for got, other, want in zip(found_bank, other_bank, bank, strict=True):  # in the order of the whole batch
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+            assert got.equal(other)
+        if per_device(*case):
+            assert abs(whole[0] - halves[0]) > 1e-3, case  # the two are not the same thing
+
+
+def test_batch_norm_over_one_process_is_torchs():
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm(5, everywhere=True).double(), torch.nn.BatchNorm1d(5).double()
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    a, b = ours(x), theirs(y)
+    torch.testing.assert_close(a, b)
+    (a**3).sum().backward(), (b**3).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(y))
+
+
+def test_a_bank_is_a_ring_and_the_positive_stands_first():
+    torch.manual_seed(0)
+    bank = MemoryBank(5, 2)
+    assert bank.keys.norm(dim=1).allclose(torch.ones(5))
+    keys = F.normalize(torch.randn(7, 2), dim=1)
+    old = bank.keys.clone()
+    bank.push(keys[:3])
+    assert bank.keys.equal(torch.cat([keys[:3], old[3:]]))
+    bank.push(keys[3:7])  # wraps: the two oldest of the first three go
+    assert bank.keys.equal(torch.stack([keys[5], keys[6], keys[2], keys[3], keys[4]])) and bank.next == 2
+    bank.push(keys)  # more than fit: the last five stay
+    assert {tuple(k) for k in bank.keys.tolist()} == {tuple(k) for k in keys[2:].tolist()}
+    q, k = torch.randn(4, 2), torch.randn(4, 2)
+    logits = torch.cat([F.cosine_similarity(q, k)[:, None], F.normalize(q) @ bank.keys.T], 1) / 0.2
+    expected = -logits.log_softmax(1)[:, 0].mean()
+    torch.testing.assert_close(info_nce_with_bank(q, k, bank.keys, 0.2), expected)
+
+
+def test_momentum_is_the_average_of_the_formula_and_its_schedule_ends_at_one():
+    torch.manual_seed(0)
+    source = torch.nn.Linear(3, 2)
+    target = momentum_copy(source)
+    before = [p.clone() for p in target.parameters()]
+    with torch.no_grad():
+        source.weight += 1
+    ema_(target, source, 0.9)
+    for new, old, theirs in zip(target.parameters(), before, source.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * theirs)
+        assert not new.requires_grad
+    assert cosine_momentum(0.99, 0) == pytest.approx(0.99) and cosine_momentum(0.99, 1) == 1
+    assert cosine_momentum(0.99, 0.5) == pytest.approx(0.995)

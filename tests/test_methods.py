@@ -1,5 +1,6 @@
 """The contract that every file in methods/ keeps, found by looking; and each method's goldens."""
 
+import copy
 import inspect
 import json
 import re
@@ -9,38 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny import METHODS, REFERENCE, generator, gradient_norm, images, make, reference_images, step
 
-from sslbench.data import open_split
 from sslbench.masking import random_order, random_split, split_kept
-from sslbench.method import methods
+from sslbench.pretrain import compose
 from sslbench.recipe import Augment, Optim
+from sslbench.train.loop import pretrain
 from sslbench.train.optim import adamw
-from sslbench.vit import Arch, VisionTransformer
+from sslbench.vit import VisionTransformer
 
-METHODS = methods()
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
-TINY = Arch(patch=8, dim=48, depth=2, heads=3, image=32)
 every_method = pytest.mark.parametrize("name", METHODS)
-
-
-def make(name, arch=TINY, seed=0, **config):
-    torch.manual_seed(seed)
-    cls = METHODS[name]
-    return cls(cls.Config(**config), VisionTransformer(arch), Augment())
-
-
-def images(n=8):
-    return open_split("builtin", "train").images[:n]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def step(method, seed=0, n=8):
-    with torch.no_grad():
-        views = method.build_views(images(n), generator(seed))
-    return method.loss(method(views))
 
 
 @every_method
@@ -67,13 +49,92 @@ def test_the_loss_is_a_finite_float32_scalar_and_reaches_exactly_the_trainable_p
 
 @every_method
 def test_all_state_is_in_the_state_dict(name):
+    """A restored method goes on bit for bit: momentum copies, memory banks and BatchNorm's statistics included."""
+
+    def train(method, optimizer, steps):
+        losses = []
+        for i in steps:
+            loss = step(method, i)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            method.after_step(i / 10)
+            losses.append(loss.item())
+        return losses
+
     a, b = make(name, seed=0), make(name, seed=1)
-    optimizer = adamw(a, Optim(lr=1e-3))
-    step(a)["loss"].backward()
-    optimizer.step()
-    a.after_step(0.5)
+    optimizers = [adamw(m, Optim(lr=1e-3)) for m in (a, b)]
+    train(a, optimizers[0], range(3))
     b.load_state_dict(a.state_dict())
-    assert step(a, 3)["loss"].equal(step(b, 3)["loss"])
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    assert train(a, optimizers[0], range(3, 6)) == train(b, optimizers[1], range(3, 6))
+    assert all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@every_method
+def test_after_step_moves_nothing_that_is_trained(name):
+    method = make(name)
+    step(method)["loss"].backward()
+    trained = {k for k, p in method.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in method.parameters():
+            if p.requires_grad:
+                p += 0.01
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    method.after_step(0.5)
+    changed = {k for k, v in method.state_dict().items() if not v.equal(before[k])}
+    assert not changed & trained
+    assert changed == {k for k in before if k.startswith(("momentum_", "bank.")) and k in changed}
+    frozen = {k for k, p in method.named_parameters() if not p.requires_grad and k.startswith("momentum_")}
+    assert {k for k in frozen if not k.endswith("pos_embed") and "patch_embed" not in k} <= changed
+
+
+@every_method
+def test_what_gets_no_gradient_stores_no_activations(name):
+    """A pass through modules without trainable parameters, or of the encoder where nothing follows, keeps no graph."""
+    method = make(name)
+    stored: list[str] = []
+
+    def look(path):
+        def hook(module, _, output):
+            trained = any(p.requires_grad for p in module.parameters())
+            if isinstance(output, torch.Tensor) and output.requires_grad and not trained:
+                stored.append(path)
+
+        return hook
+
+    for path, module in method.named_modules():
+        if any(True for _ in module.parameters()):
+            module.register_forward_hook(look(path))
+    step(method)
+    # The projection of patches, where it is frozen, is computed from pixels: nothing to store either way.
+    assert not [p for p in stored if p.startswith("momentum_")]
+
+
+@every_method
+def test_a_run_restored_from_a_checkpoint_ends_with_the_same_weights(name, home):
+    """Through the trainer and its files: the last checkpoint is lost, the run goes on from the one before."""
+    sets = ["science.batch_size=100", "science.epochs=0.2"]  # 8 steps
+    sets += ["machine.save_every=3", "machine.tensorboard=false", "machine.meters_every=4"]
+    recipe = compose(name, recipe=f"{name}_smoke", sets=sets)
+    pretrain(recipe, home / "r", Console(quiet=True), progress=False)
+    whole = load_file(home / "r/weights.safetensors")
+    last = sorted((home / "r/checkpoints").glob("*.pt"))[-1]
+    last.unlink()
+    run = json.loads((home / "r/run.json").read_text())
+    (home / "r/run.json").write_text(json.dumps({**run, "status": "interrupted"}))
+    pretrain(recipe, home / "r", Console(quiet=True), progress=False)
+    assert json.loads((home / "r/run.json").read_text())["resumed"] == 1
+    resumed = load_file(home / "r/weights.safetensors")
+    assert all(whole[k].equal(resumed[k]) for k in whole)
+    lines = [json.loads(line) for line in (home / "r/metrics.jsonl").read_text().splitlines()]
+    looked = [line for line in lines if "feature_std" in line]
+    assert [line["step"] for line in looked] == [4, 8]  # every four steps, and the last
+    for line in looked:
+        assert 0 < line["feature_std"] <= 1.1 and line["effective_rank"] >= 1 and -4 <= line["uniformity"] <= 0
+        norms = [k for k in line if k.startswith("grad_norm_")]
+        assert norms and all(line[k] > 0 for k in norms)
+        assert len([k for k in line if k.startswith("grad_cos_")]) == len(norms) * (len(norms) - 1) // 2
 
 
 @every_method
@@ -101,6 +162,7 @@ def test_ten_steps_repeat_the_committed_losses(name):
 
 
 def golden_losses(name):
+    """Ten steps of a tiny ViT on 32 real images, full digits."""
     method = make(name)
     optimizer = adamw(method, Optim(lr=1e-3))
     losses = []
@@ -115,16 +177,6 @@ def golden_losses(name):
 
 
 # ---------------------------------------- against the reference implementations' numbers, of which no code is here
-
-REFERENCE = Arch(patch=16, dim=48, depth=3, heads=3, image=64)
-
-
-def gradient_norm(method):
-    return torch.nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None]).item()
-
-
-def reference_images():
-    return torch.randn(8, 3, 64, 64, generator=generator(1))
 
 
 def test_mae_gives_the_reference_loss_and_gradient():

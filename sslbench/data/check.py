@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from .loader import CORRUPT_LIMIT
-from .sources import FolderImages, ImageSet, open_split
+from .sources import ImageSet, MemoryImages, open_split
 
 
 def check(spec: str) -> dict[str, Any]:
@@ -28,10 +28,10 @@ def check(spec: str) -> dict[str, Any]:
 
 def _describe(data: ImageSet) -> dict[str, Any]:
     corrupt: list[str] = []
-    if isinstance(data, FolderImages):
+    if not isinstance(data, MemoryImages):
         with ThreadPoolExecutor(4) as pool:
             sizes = list(pool.map(lambda i: _size(data, i), range(len(data))))
-        corrupt = [str(data.root / f) for f, size in zip(data.files, sizes, strict=True) if size is None]
+        corrupt = [data.where(i) for i, size in enumerate(sizes) if size is None]
         pixels = sorted(s for s in sizes if s)
     else:
         pixels = [(data.images.shape[3], data.images.shape[2])] * len(data)
@@ -44,7 +44,7 @@ def _describe(data: ImageSet) -> dict[str, Any]:
     }
 
 
-def _size(data: FolderImages, index: int) -> tuple[int, int] | None:
+def _size(data: ImageSet, index: int) -> tuple[int, int] | None:
     try:
         return data.read(index).size
     except OSError:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RunFailed
 from ..views import centre_window, crop_boxes, resize_centre
-from .sources import FolderImages, ImageSet, MemoryImages
+from .sources import ImageSet, MemoryImages
 
 CORRUPT_LIMIT = 0.001  # the share of a data set's files that may be unreadable
 
@@ -99,8 +99,7 @@ class MicroBatches:
     def _count(self, corrupt: list[int]) -> None:
         self.corrupt.update(corrupt)
         if corrupt and len(self.corrupt) > CORRUPT_LIMIT * len(self.data):
-            assert isinstance(self.data, FolderImages)
-            first = self.data.root / self.data.files[min(self.corrupt)]
+            first = self.data.where(min(self.corrupt))
             raise RunFailed(
                 f"{len(self.corrupt)} of {len(self.data)} images cannot be read, more than {CORRUPT_LIMIT:.1%}; the "
                 f"first is {first}; `sslbench data check` lists them all"
@@ -121,7 +120,7 @@ class _Keys:
 class _Decoded(Dataset[tuple[Tensor, list[int]]]):
     """(epoch, index) -> crops uint8 (V, 3, S, S), cut in the worker, their boxes a function of (seed, epoch, index)."""
 
-    def __init__(self, data: FolderImages, seed: int, crops: int, size: int, scale: tuple[float, float]) -> None:
+    def __init__(self, data: ImageSet, seed: int, crops: int, size: int, scale: tuple[float, float]) -> None:
         self.data, self.seed, self.crops, self.size, self.scale = data, seed, crops, size, scale
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, list[int]]:
@@ -138,7 +137,7 @@ class _Decoded(Dataset[tuple[Tensor, list[int]]]):
         return torch.stack(views), corrupt
 
 
-def _readable(data: FolderImages, index: int) -> tuple[Image.Image, list[int]]:
+def _readable(data: ImageSet, index: int) -> tuple[Image.Image, list[int]]:
     """The image at `index`, or at the next index that can be read, and the indices that could not."""
     corrupt: list[int] = []
     for i in range(index, index + len(data)):
@@ -146,7 +145,7 @@ def _readable(data: FolderImages, index: int) -> tuple[Image.Image, list[int]]:
             return data.read(i % len(data)), corrupt
         except OSError:
             corrupt.append(i % len(data))
-    raise RunFailed(f"no image of {data.root} can be read")
+    raise RunFailed(f"no image of {data.name} can be read")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -160,7 +159,7 @@ def _collate(items: list[tuple[Tensor, list[int]]]) -> tuple[Tensor, list[int]]:
 class _Centred(Dataset[tuple[Tensor, list[int]]]):
     """index -> the evaluation view, uint8 (3, S, S): short side to S / 0.875, centre crop, as MAE evaluates."""
 
-    def __init__(self, data: FolderImages, size: int) -> None:
+    def __init__(self, data: ImageSet, size: int) -> None:
         self.data, self.size = data, size
 
     def __len__(self) -> int:
@@ -171,6 +170,15 @@ class _Centred(Dataset[tuple[Tensor, list[int]]]):
         (h, w), (top, left) = centre_window((image.height, image.width), self.size)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
         return to_tensor(image.crop((left, top, left + self.size, top + self.size))), corrupt
+
+
+def evaluation_sample(data: ImageSet, n: int, size: int) -> Tensor:
+    """The evaluation view of n images, evenly spaced (sets are often sorted by class): (n, 3, size, size) in 0..255."""
+    index = torch.linspace(0, len(data) - 1, min(n, len(data))).long()
+    if isinstance(data, MemoryImages):
+        return resize_centre(data.images[index], size)
+    views = _Centred(data, size)
+    return torch.stack([views[i][0] for i in index.tolist()]).float()
 
 
 def evaluation_batches(data: ImageSet, size: int, batch: int, device: torch.device, workers: int) -> Iterator[Tensor]:
@@ -188,6 +196,6 @@ def evaluation_batches(data: ImageSet, size: int, batch: int, device: torch.devi
         corrupt.update(bad)
         if len(corrupt) > CORRUPT_LIMIT * len(data):
             raise RunFailed(
-                f"{len(corrupt)} of {len(data)} images of {data.root} cannot be read; see `sslbench data check`"
+                f"{len(corrupt)} of {len(data)} images of {data.name} cannot be read; see `sslbench data check`"
             )
         yield images.to(device, non_blocking=True).float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -18,11 +18,21 @@ from torch import Tensor
 from ..errors import UserError, nearest
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-KINDS = ("builtin", "npz", "folder", "imagenet")
+KINDS = ("builtin", "npz", "folder", "imagenet", "coco")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 HINT = "`--data builtin` and `sslbench quickstart` run now, with no download"
 # Training images of sets that a plan may be asked about before they are on this machine.
-SIZES = {"imagenet": 1_281_167, "builtin": 4_000}
+SIZES = {
+    "imagenet": 1_281_167,
+    "imagenet100": 126_689,  # CMC's list; ASL's iteration counts fit it
+    "coco": 118_287,
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "tiny-imagenet": 100_000,
+    "imagenette": 9_469,
+    "imagewoof": 9_025,
+    "builtin": 4_000,
+}
 
 
 @dataclass
@@ -45,6 +55,12 @@ class MemoryImages:
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()[:12]
+
+    def where(self, index: int) -> str:
+        return f"{self.name} image {index}"
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
 
 
 @dataclass
@@ -69,6 +85,10 @@ class FolderImages:
             digest.update(f"{f}\0{(self.root / f).stat().st_size}\n".encode())
         return digest.hexdigest()[:12]
 
+    def where(self, index: int) -> str:
+        """What a message calls an image."""
+        return str(self.root / self.files[index])
+
     def read(self, index: int) -> Image.Image:
         """The decoded RGB image; raises OSError (PIL's errors are some) where the file is corrupt."""
         try:
@@ -78,13 +98,47 @@ class FolderImages:
             raise OSError(str(e)) from e
 
 
-ImageSet = MemoryImages | FolderImages
+@dataclass
+class JoinedImages:
+    """Several sets as one, for pre-training: their images one set after the other, without labels."""
+
+    name: str
+    split: str
+    parts: list[MemoryImages | FolderImages]
+    labels: None = None
+    classes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """12 hex digits over those of the parts, in order."""
+        return hashlib.sha256("+".join(p.fingerprint for p in self.parts).encode()).hexdigest()[:12]
+
+    def where(self, index: int) -> str:
+        part, at = self._find(index)
+        return part.where(at)
+
+    def read(self, index: int) -> Image.Image:
+        part, at = self._find(index)
+        return part.read(at)
+
+    def _find(self, index: int) -> tuple[MemoryImages | FolderImages, int]:
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
+
+
+ImageSet = MemoryImages | FolderImages | JoinedImages
 
 
 def open_split(spec: str, split: str) -> ImageSet:
     """The `train` or `val` split of a data SPEC. UserError says what was looked for and where."""
     if "+" in spec:
-        raise UserError(f"data '{spec}': several data sets joined by '+' are not supported yet; name one")
+        return _joined([open_split(part, split) for part in spec.split("+")])
     kind, colon, where = spec.partition(":")
     if kind == "builtin" and not colon:
         return _builtin(split)
@@ -97,12 +151,38 @@ def open_split(spec: str, split: str) -> ImageSet:
         return _npz(path, split)
     if kind in ("folder", "imagenet"):
         return _folder(kind, path, split)
+    if kind == "coco":
+        return _coco(path, split)
     raise UserError(f"data '{spec}': unknown kind '{kind}'{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
 
 
 def known_size(spec: str) -> int | None:
     """Training images of a set that need not be on this machine; None where only a look can tell."""
-    return SIZES.get(spec.partition(":")[0])
+    sizes = [SIZES.get(part.partition(":")[0]) for part in spec.split("+")]
+    return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+def _joined(parts: list[ImageSet]) -> ImageSet:
+    """The parts one after the other; small sets of one image size stay in memory, without labels."""
+    flat = [p for part in parts for p in (part.parts if isinstance(part, JoinedImages) else [part])]
+    name, split = "+".join(p.name for p in flat), flat[0].split
+    memory = [p.images for p in flat if isinstance(p, MemoryImages)]
+    if len(memory) == len(flat) and len({x.shape[1:] for x in memory}) == 1:
+        return MemoryImages(name, split, torch.cat(memory), None, [])
+    return JoinedImages(name, split, flat)
+
+
+def _coco(path: Path, split: str) -> FolderImages:
+    """COCO's photographs, without labels: PATH/train2017/*.jpg and PATH/val2017/*.jpg, or the same under images/."""
+    places = [path / f"{split}2017", path / "images" / f"{split}2017", path / "images" / split]
+    root = next((place for place in places if place.is_dir()), None)
+    if root is None:
+        found = _listing(path) if path.is_dir() else "no such folder"
+        raise UserError(f"data 'coco:{path}': expected {places[0]}/*.jpg, found {found}. {HINT}")
+    files = sorted(p.name for p in root.iterdir() if p.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise UserError(f"data 'coco:{path}': no images in {root}")
+    return FolderImages("coco", split, root, files, None, [])
 
 
 def _builtin(split: str) -> MemoryImages:
@@ -197,17 +277,20 @@ def _class_names(path: Path) -> list[str]:
 
 def _bare(name: str, split: str) -> ImageSet:
     """NAME as a folder, or as NAME_train.npz, under $SSLBENCH_DATA."""
-    kind = "imagenet" if name == "imagenet" else "folder"
+    kind = name if name in ("imagenet", "coco") else "folder"
     root = os.environ.get("SSLBENCH_DATA")
+    if root and name == "coco" and (Path(root) / name).is_dir():
+        return _coco(Path(root) / name, split)
     if root and (Path(root) / name).is_dir():
         return _folder(kind, Path(root) / name, split)
     if root and (Path(root) / f"{name}_train.npz").is_file():
         return _npz(Path(root) / name, split)
     looked = f"looked for {Path(root) / name}" if root else "SSLBENCH_DATA is not set"
-    near = "" if name == "imagenet" else nearest(name, KINDS) if "_" not in name else ""
+    near = "" if name in SIZES else nearest(name, KINDS) if "_" not in name else ""
+    layout = "DIR/train2017/*.jpg" if name == "coco" else "DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE"
     raise UserError(
         f"data set '{name}' not found ({looked}){near if near.startswith('; did') else ''}. "
-        f"Point to it with --data {kind}:DIR (DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE), or set SSLBENCH_DATA to "
+        f"Point to it with --data {kind}:DIR ({layout}), or set SSLBENCH_DATA to "
         f"the folder that holds '{name}'. {HINT}"
     )
 

@@ -37,7 +37,7 @@ class Subject:
     std: tuple[float, ...]
     run: dict[str, Any]  # its run.json, {} where there is none
     path: Path | None
-    epochs: int | None = None
+    epochs: float | None = None
     batch: int | None = None
     method: str = "untrained"
     data: str | None = None  # the SPEC it was pre-trained on
@@ -59,10 +59,15 @@ def newest_run(root: Path | None = None) -> Path:
 
 
 def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subject:
-    """RUN -> the encoder to evaluate: a run folder, a weights file, or `untrained:ARCH` (random weights by seed)."""
+    """RUN -> the encoder to evaluate: a run folder, a weights file, or `untrained:ARCH[@PIXELS]` (random, by seed)."""
     kind, colon, name = run.partition(":")
     if kind == "untrained" and colon:
-        return _untrained(name, seed, image_size)
+        arch, at, pixels = name.partition("@")
+        if at and not pixels.isdecimal():
+            raise UserError(
+                f"'{run}': expected untrained:ARCH[@PIXELS], such as untrained:vit_mini4@24"
+            )
+        return _untrained(arch, seed, int(pixels) if at else image_size)
     if colon and not Path(run).exists():
         raise UserError(f"'{run}': give a run folder, a weights file, or untrained:ARCH")
     path = Path(run)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from rich.console import Console
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from ..errors import Interrupted, RunFailed, UserError
 from ..method import Method
 from ..recipe import Batch, Machine, Recipe, data_name, dump
 from .device import bf16_is_fast, keep_freed_memory
+from .diagnose import CollapseMeters, term_gradients
 from .guard import FiniteGuard, Signals
 from .meter import Metrics, Running, Stopwatch, build, flops_per_image, progress_bar
 from .optim import adamw, learning_rate
@@ -64,7 +66,8 @@ def make_fabric(machine: Machine) -> Fabric:
             accelerator=device,
             devices=machine.devices,
             num_nodes=machine.nodes,
-            strategy="ddp" if machine.devices * machine.nodes > 1 else "auto",
+            # Buffers (memory banks, BatchNorm's statistics) are computed alike, or not read: none is sent.
+            strategy=DDPStrategy(broadcast_buffers=False) if machine.devices * machine.nodes > 1 else "auto",
             precision=precision,  # type: ignore[arg-type]
         )
 
@@ -124,9 +127,10 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     torch.manual_seed(seed_of("weights", science.seed))
     step_module = TrainStep(build(run.recipe))
     method = step_module.method
-    run.couples = method.couples_batch
+    run.couples = method.compares_batch(science.method)
     if machine.compile:
         method.compile()
+        torch._functorch.config.donated_buffer = False  # terms' gradients go through the graph more than once
     optimizer = adamw(method, science.optim)
     loader = MicroBatches(
         data,
@@ -142,7 +146,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
         workers=machine.workers,
     )
     per_epoch = loader.steps_per_epoch
-    total = per_epoch * science.epochs
+    total = round(per_epoch * science.epochs)
     save_every = machine.save_every or max(per_epoch, min(total // 100, 500), 1)
 
     found = newest_checkpoint(run.checkpoints)
@@ -169,6 +173,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     generator = torch.Generator(fabric.device)
     running, watch = Running(), Stopwatch()
     metrics = Metrics(run.folder, first, machine.tensorboard) if fabric.is_global_zero else None
+    meters = CollapseMeters(data, method, fabric.device, batch.total) if fabric.is_global_zero else None
     micro_batches = loader(first, total)
     with progress_bar(console, progress) as bar:
         task = bar.add_task(run.label, total=total, completed=first, note="")
@@ -178,12 +183,16 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             lr = learning_rate(science.optim, batch.total, step / per_epoch, science.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            look = (step + 1) % machine.meters_every == 0 or step + 1 == total
+            seen: dict[str, float] = {}
             for a in range(batch.accumulation):
                 images = next(micro_batches)
                 index = a * batch.world + fabric.global_rank
                 generator.manual_seed(seed_of("views", science.seed, step, index))
                 with fabric.no_backward_sync(model, enabled=a < batch.accumulation - 1):
                     losses = model(images, generator)
+                    if look and a == 0:
+                        seen = term_gradients(losses, method.encoder, fabric)
                     fabric.backward(losses["loss"] / batch.accumulation)
             if scaler is not None or science.optim.clip_grad:
                 limit = science.optim.clip_grad or math.inf
@@ -207,13 +216,16 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                     f"the gradient is not finite at or before step {run.steps} (loss {running.means()['loss']:.4g}); "
                     f"the weights did not move. Try a lower science.optim.lr, a longer warm-up, or precision 32"
                 )
+            if look and meters:
+                seen |= meters.read(method, fabric)
             if log:
                 means = running.means()
                 speed = watch.read(loader.wait_s)
-                if metrics:
-                    metrics.write(run.steps, {"epoch": run.steps / per_epoch, "lr": lr, **means, **speed})
+                seen = {"epoch": run.steps / per_epoch, "lr": lr, **means, **speed, **seen}
                 note = f"loss {means['loss']:.3f} {speed['images_per_s']:.0f} img/s wait {speed['data_wait']:.0%}"
                 bar.update(task, note=note)
+            if metrics and seen:
+                metrics.write(run.steps, seen)
             bar.update(task, completed=run.steps)
             if save:
                 run.save(method, optimizer, loader)

@@ -27,7 +27,7 @@ def adamw(module: nn.Module, config: Optim) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(config: Optim, batch_size: int, epoch: float, epochs: int) -> float:
+def learning_rate(config: Optim, batch_size: int, epoch: float, epochs: float) -> float:
     """The actual lr at a fractional epoch: base lr x batch / 256, linear warm-up, then half a cosine to min_lr."""
     peak = config.lr * batch_size / 256
     if epoch < config.warmup_epochs:

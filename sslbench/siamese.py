@@ -1,0 +1,110 @@
+"""What methods with two branches share: MLP heads, BatchNorm over all devices, momentum copies and their memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .losses import float32, gather
+
+T = TypeVar("T", bound=nn.Module)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm over (B, C), in float32; where `everywhere`, with the statistics of all devices' batches.
+
+    Two devices then normalise, and differentiate, as one does with the whole batch (torch's SyncBatchNorm needs a GPU).
+    """
+
+    def __init__(self, width: int, affine: bool = True, everywhere: bool = False) -> None:
+        super().__init__(width, affine=affine)
+        self.everywhere = everywhere
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._normalise(input) if self.everywhere and self.training else super().forward(input)
+
+    @float32
+    def _normalise(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, dim=0, correction=0)
+        parts, _ = gather(torch.stack([mean, var])[None])  # (devices, 2, C); every device has as many rows
+        mean = parts[:, 0].mean(0)
+        var = (parts[:, 1] + (parts[:, 0] - mean) ** 2).mean(0)
+        n = len(x) * len(parts)
+        with torch.no_grad():
+            momentum = self.momentum or 0.0
+            self.running_mean.lerp_(mean.to(self.running_mean), momentum)  # type: ignore[union-attr, arg-type]
+            self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var), momentum)  # type: ignore[union-attr, arg-type]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        x = (x - mean) * (var + self.eps).rsqrt()
+        return x if self.weight is None else x * self.weight + self.bias
+
+
+def mlp(
+    widths: list[int],
+    norm: Literal["bn", "ln"],
+    activation: type[nn.Module] = nn.ReLU,
+    last_norm: bool = True,
+    everywhere: bool = False,
+) -> nn.Sequential:
+    """Linear layers from widths[0] to widths[-1], each but the last with a norm and an activation.
+
+    Linear layers have no bias where a norm follows; the last one's norm, if any, has no affine (MoCo v3's heads).
+    """
+    layers: list[Any] = []
+    for i, (a, b) in enumerate(pairwise(widths)):
+        last = i == len(widths) - 2
+        normed = last_norm or not last
+        layers.append(nn.Linear(a, b, bias=not normed))
+        if normed:
+            layers.append(
+                BatchNorm(b, affine=not last, everywhere=everywhere)
+                if norm == "bn"
+                else nn.LayerNorm(b, eps=1e-6, elementwise_affine=not last)
+            )
+        if not last:
+            layers.append(activation())
+    return nn.Sequential(*layers)
+
+
+def momentum_copy(module: T) -> T:
+    """A copy that follows `module` by `ema_` and gets no gradient."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_(target: nn.Module, source: nn.Module, momentum: float) -> None:
+    """target <- momentum x target + (1 - momentum) x source, parameter by parameter."""
+    mine, theirs = ([p.detach() for p in module.parameters()] for module in (target, source))
+    torch._foreach_lerp_(mine, theirs, 1 - momentum)
+
+
+def cosine_momentum(base: float, progress: float) -> float:
+    """From `base` to 1 along half a cosine (MoCo v3's moco-m-cos, BYOL)."""
+    return 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - base)
+
+
+class MemoryBank(nn.Module):
+    """The newest `size` keys, a ring of unit vectors (He et al. 2020); random ones until it has filled."""
+
+    keys: Tensor
+    next: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", F.normalize(nn.init.normal_(torch.empty(size, dim)), dim=1))
+        self.register_buffer("next", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Lay keys (M, D) over the oldest ones, wrapping around. Of more than fit, the last stay."""
+        size = len(self.keys)
+        keys = keys[-size:].to(self.keys.dtype)
+        place = (self.next + torch.arange(len(keys), device=self.next.device)) % size
+        self.keys[place] = keys
+        self.next.copy_((self.next + len(keys)) % size)

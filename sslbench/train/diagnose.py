@@ -1,0 +1,82 @@
+"""Is a run healthy? How each loss term pulls at the encoder, and whether features collapse; rarely, so cheaply.
+
+Every `machine.meters_every` steps and after the last one; the training itself is the same with and without.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data import ImageSet
+from ..data.loader import evaluation_sample
+from ..method import Method
+from ..views import normalise
+from ..vit import VisionTransformer, pool_tokens
+
+IMAGES = 256  # that the collapse meters look at
+
+
+def term_gradients(losses: dict[str, Tensor], encoder: VisionTransformer, fabric: Fabric) -> dict[str, float]:
+    """Of each loss term, as weighted in the total, the norm of its gradient on the encoder; of each pair, the cosine.
+
+    The terms are the entries of `losses` but "loss" that need grad. One backward pass a term over the graph of this
+    step, which stays: {"grad_norm_recon": ..., "grad_norm_nce": ..., "grad_cos_recon_nce": ...}. Cosine 1: they agree;
+    below 0: they fight. Averaged over devices before norms are taken; of the first micro-batch of a step.
+    """
+    terms = {k: v for k, v in losses.items() if k != "loss" and v.requires_grad}
+    scaler: Any = getattr(fabric.strategy.precision, "scaler", None)
+    scale = scaler.get_scale() if scaler is not None else 1.0  # fp16: without it small gradients are lost
+    weights = torch.autograd.grad(losses["loss"], list(terms.values()), retain_graph=True)
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    vectors = {}
+    for (name, term), weight in zip(terms.items(), weights, strict=True):
+        found = torch.autograd.grad(term, parameters, weight * scale, retain_graph=True, allow_unused=True)
+        flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+        vector = torch.cat(flat).float() / scale
+        vectors[name] = fabric.all_reduce(vector, reduce_op="mean") if fabric.world_size > 1 else vector
+    norms = {name: v.norm() for name, v in vectors.items()}  # type: ignore[union-attr]
+    out = {f"grad_norm_{name}": norm for name, norm in norms.items()}
+    for a, b in combinations(vectors, 2):
+        cosine = vectors[a] @ vectors[b] / (norms[a] * norms[b]).clamp_min(1e-30)  # type: ignore[operator]
+        out[f"grad_cos_{a}_{b}"] = cosine
+    return {k: v.item() for k, v in out.items()}
+
+
+class CollapseMeters:
+    """Feature statistics of the same images at every reading, as evaluations see them: whole, not augmented."""
+
+    def __init__(self, data: ImageSet, method: Method, device: torch.device, limit: int) -> None:
+        views = evaluation_sample(data, min(IMAGES, limit), method.encoder.image[0])
+        self.images = normalise(views.to(device), method.augment.mean, method.augment.std)
+
+    @torch.no_grad()
+    def read(self, method: Method, fabric: Fabric) -> dict[str, float]:
+        with fabric.autocast():
+            features = pool_tokens(method.encoder(self.images), method.pool)
+        return {k: v.item() for k, v in collapse(features.float()).items()}
+
+
+def collapse(features: Tensor) -> dict[str, Tensor]:
+    """Of features (N, D): three numbers that fall, or for uniformity rise to 0, as all images come to look the same.
+
+    feature_std: of unit features, the standard deviation over images, mean over channels, times sqrt(D): 1 where they
+    spread over the sphere, 0 in collapse (Chen and He 2021, section 4.1). effective_rank: exponential of the entropy of
+    the centred features' normalised singular values (Roy and Vetterli 2007), at most min(N, D). uniformity: log of
+    the mean over pairs of exp(-2 x squared distance) of unit features (Wang and Isola 2020, Eq. 5), 0 in collapse.
+    """
+    unit = F.normalize(features, dim=1)
+    singular = torch.linalg.svdvals(features - features.mean(0))
+    share = singular / singular.sum().clamp_min(1e-30)
+    entropy = -(share * share.clamp_min(1e-30).log()).sum()
+    distances = torch.pdist(unit)
+    return {
+        "feature_std": unit.std(0).mean() * unit.shape[1] ** 0.5,
+        "effective_rank": entropy.exp(),
+        "uniformity": (-2 * distances**2).exp().mean().log(),
+    }

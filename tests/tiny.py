@@ -1,0 +1,58 @@
+"""Small methods on real images, for tests."""
+
+import torch
+
+from sslbench.data import open_split
+from sslbench.method import methods
+from sslbench.recipe import Augment
+from sslbench.vit import Arch, VisionTransformer
+
+METHODS = methods()
+TINY = Arch(patch=8, dim=48, depth=2, heads=3, image=32)  # 16 patches
+REFERENCE = Arch(patch=16, dim=48, depth=3, heads=3, image=64)  # SPEC section 8
+SMALL = {  # what keeps a method's heads and decoder small here; all else is its default
+    "asl": {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 4},
+    "ccmim": {"decoder_dim": 32, "decoder_heads": 4},
+    "mae": {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 4},
+    "macrl": {"bank_size": 64, "proj_hidden": 32, "proj_dim": 16, "decoder_dim": 32},
+    "mocov3": {"hidden_dim": 64, "projector_dim": 16},
+}
+
+
+def make(name, arch=TINY, seed=0, **config):
+    torch.manual_seed(seed)
+    cls = METHODS[name]
+    return cls(cls.Config(**{**SMALL.get(name, {}), **config}), VisionTransformer(arch), Augment())
+
+
+def images(n=8):
+    """Evenly spaced: the built-in set is sorted by class."""
+    data = open_split("builtin", "train").images
+    return data[torch.linspace(0, len(data) - 1, n).long()]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def step(method, seed=0, n=8):
+    with torch.no_grad():
+        views = method.build_views(images(n), generator(seed))
+    return method.loss(method(views))
+
+
+def gradient_norm(method):
+    return torch.nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None]).item()
+
+
+def gradients(method, loss):
+    """{name: gradient} of what is trained, and nothing left behind."""
+    method.zero_grad()
+    loss.backward()
+    found = {k: p.grad.clone() for k, p in method.named_parameters() if p.grad is not None}
+    method.zero_grad()
+    return found
+
+
+def reference_images():
+    return torch.randn(8, 3, 64, 64, generator=generator(1))
