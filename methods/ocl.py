@@ -7,7 +7,8 @@ Where the paper and the released code part:
   kappa        Eq. 2 multiplies by kappa = 64; the code's constructor has 1/64, which is a division by 64.
   temperature  Eq. 3 multiplies by a trainable tau; the code divides by a fixed 0.07.
   patch embed  fixed at its random values (section 2.1); trained in the code.
-  negatives    Eq. 3's sum over 2B; Algorithm 1 and the code are a B x B cross-entropy. Both presets do the latter.
+  negatives    Eq. 3's sum over 2B, k != i; Algorithm 1 and the code are a B x B cross-entropy, and so are both presets.
+               denominator eq3 adds the pairs within a group and takes the positive out: an experiment.
 Preset `paper` follows the text and Algorithm 1, `official` the code.
 """
 
@@ -19,8 +20,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sslbench.losses import cosine_matrix, cross_entropy_to, gather, tsp
+from sslbench.losses import cosine_matrix, cross_entropy_to, float32, gather, tsp
 from sslbench.masking import random_split, split_kept
 from sslbench.method import Method, MethodConfig
 from sslbench.pictures import Canvas
@@ -37,6 +39,8 @@ class OCLConfig(MethodConfig):
     tau: Literal["learnable", "fixed"] = "learnable"
     tau_init: float = Field(1 / 0.07, gt=0)  # the factor on the similarity; no initial value is published
     tau_max: float = Field(100.0, gt=0)  # clamp of the learnable factor, as CLIP does; no clamp is published
+    tau_param: Literal["exp", "softplus"] = "exp"  # softplus(s) + 1 from s = 0, as t-vMF's code, without tau_init
+    denominator: Literal["algorithm1", "eq3"] = "algorithm1"
     freeze_patch_embed: bool = True
     gather_negatives: bool = False  # the code contrasts within one device's batch (MiCL Table 3 says so)
     mlp_head: Literal["none", "2-layer", "3-layer"] = "none"  # Table 4
@@ -65,7 +69,8 @@ class OCL(Method):
         if config.freeze_patch_embed:
             encoder.freeze_patch_embed()
         if config.tau == "learnable":
-            self.log_scale = nn.Parameter(torch.tensor(math.log(config.tau_init)))
+            exp = config.tau_param == "exp"
+            self.log_scale = nn.Parameter(torch.tensor(math.log(config.tau_init) if exp else 0.0))
 
     def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         x = one_view(images, self.encoder.image[0], self.augment, generator)
@@ -81,14 +86,15 @@ class OCL(Method):
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The symmetric cross-entropy of Algorithm 1 over scaled T-SP similarities."""
         m, n = outputs["m"], outputs["n"]
-        scale = self.scale()
-        if self.config.gather_negatives:
-            (all_m, first), (all_n, _) = gather(m), gather(n)
-            s_mn, s_nm = self.similarity(m, all_n), self.similarity(n, all_m)
+        scale, gathering = self.scale(), self.config.gather_negatives
+        (all_m, first), (all_n, _) = (gather(x) if gathering else (x, 0) for x in (m, n))
+        s_mn = self.similarity(m, all_n) * scale
+        s_nm = self.similarity(n, all_m) * scale if gathering else s_mn.T
+        if self.config.denominator == "eq3":
+            s_mm, s_nn = self.similarity(m, all_m) * scale, self.similarity(n, all_n) * scale
+            nce = (without_positive(s_mn, s_mm, first) + without_positive(s_nm, s_nn, first)) / 2
         else:
-            first, s_mn = 0, self.similarity(m, n)
-            s_nm = s_mn.T
-        nce = (cross_entropy_to(s_mn * scale, first) + cross_entropy_to(s_nm * scale, first)) / 2
+            nce = (cross_entropy_to(s_mn, first) + cross_entropy_to(s_nm, first)) / 2
         return {"loss": nce, "nce": nce, "scale": torch.as_tensor(scale, device=nce.device).detach()}
 
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
@@ -98,10 +104,11 @@ class OCL(Method):
         """The factor tau on the similarities (Eq. 3)."""
         if self.config.tau == "fixed":
             return self.config.tau_init
-        return self.log_scale.float().exp()
+        raw = self.log_scale.float()
+        return raw.exp() if self.config.tau_param == "exp" else F.softplus(raw) + 1
 
     def after_step(self, progress: float) -> None:
-        if self.config.tau == "learnable":
+        if self.config.tau == "learnable" and self.config.tau_param == "exp":
             self.log_scale.data.clamp_(max=math.log(self.config.tau_max))
 
     def tokens_per_image(self) -> int:
@@ -110,3 +117,13 @@ class OCL(Method):
     def pictures(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         canvas = Canvas(self, views["images"])
         return {f"group {i + 1}": canvas.only(views["keep"][:, i]) for i in (0, 1)}
+
+
+@float32
+def without_positive(across: Tensor, within: Tensor, first: int) -> Tensor:
+    """Eq. 3 of similarities (B, C) across and within groups: log-sum-exp of all but k = i, less the positive."""
+    rows = torch.arange(len(across), device=across.device)
+    own = torch.zeros_like(across, dtype=torch.bool)
+    own[rows, rows + first] = True
+    others = torch.cat([across.masked_fill(own, -torch.inf), within.masked_fill(own, -torch.inf)], dim=1)
+    return (others.logsumexp(1) - across[rows, rows + first]).mean()

@@ -101,9 +101,7 @@ def ablate(
     console.print()
     show([{k.replace("_top1", ""): v for k, v in row.items()} for row in rows], console)
     if not dry_run:
-        console.print(
-            "±: half-width of the 95 % interval over test images, one seed; `sslbench report` keeps it"
-        )
+        console.print("±: half-width of the 95 % interval over test images, one seed; `sslbench report` keeps it")
     return {"table": table, "scale": scale, "seed": seed, "rows": rows}
 
 

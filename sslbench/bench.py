@@ -89,8 +89,7 @@ def _measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
     dtype = {"32-true": torch.float32, "16-mixed": torch.float16}.get(
         str(fabric.strategy.precision.precision), torch.bfloat16
     )
-    if fabric.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    provenance.reset_peak_memory(fabric.device.type)
     torch.manual_seed(0)
     data = open_split("builtin", "train")
     assert isinstance(data, MemoryImages)
@@ -112,6 +111,7 @@ def _measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
         fabric.backward(model(images, generator)["loss"])
         optimizer.step()
         optimizer.zero_grad()
+        step_module.method.after_step(0.5)
         _wait(fabric.device)
         if i < 2:  # allocation, and compilation where asked for
             loader.wait_s, began, end = 0.0, time.perf_counter(), time.perf_counter() + seconds

@@ -97,7 +97,7 @@ def pretrain(
     data: Annotated[str | None, typer.Option(help="builtin, npz:PATH, folder:DIR, imagenet:DIR, or a name.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Name or path; `sslbench list recipes`.")] = None,
     preset: Annotated[str | None, typer.Option(help="paper or official, where the two part.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=0)] = None,
+    epochs: Annotated[float | None, typer.Option(min=0)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, over all devices.")] = None,
     sets: Sets = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
@@ -166,6 +166,22 @@ def eval_linprobe(
 
 
 @app.command()
+def ablate(
+    table: Annotated[str, typer.Argument(help="Such as ocl_t5, asl_t7, ccmim_t5; `sslbench list recipes`.")],
+    scale: Annotated[str, typer.Option(help="tiny, cifar or paper.")] = "tiny",
+    data: Annotated[str | None, typer.Option("--data", help="Data SPEC; the scale's own if left out.")] = None,
+    sets: Sets = None,
+    seed: Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the rows' plans, at no cost.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Every row of a paper's ablation table: pre-train, evaluate, print beside what the paper reports."""
+    from .ablate import ablate as run
+
+    answer(as_json, run(table, scale, seed, data, sets or [], dry_run, console(as_json)))
+
+
+@app.command()
 def report(
     tables: Annotated[list[str] | None, typer.Argument(help="Such as ocl_t6; all if left out.")] = None,
     out: Out = None,
@@ -194,6 +210,20 @@ def bench(
 
     archs, precisions, talk = arch or ["vit_ti4"], precision or ["auto"], console(as_json)
     answer(as_json, run(methods or [], archs, batch_size, precisions, compile, seconds, sets or [], talk))
+
+
+@app.command()
+def inspect(
+    run: Run = None,
+    data: Annotated[str | None, typer.Option("--data", help="Images to show; the run's own data if left out.")] = None,
+    images: Annotated[int, typer.Option(min=1, max=64, help="How many to show.")] = 6,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """A page of pictures: what the method does to images, what the encoder looks at, how alike its tokens are."""
+    from .inspect import inspect as look
+
+    answer(as_json, look(run, data, images, out, console(as_json)))
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import platform
 import resource
 import subprocess
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .train.device import release_freed_memory
 
 
 def now() -> str:
@@ -65,9 +69,24 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def reset_peak_memory(device: str = "cpu") -> None:
+    """Count peak memory from here on. On a CPU that needs Linux; elsewhere the peak is the process' own."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    gc.collect()
+    release_freed_memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_gib(device: str = "cpu") -> float:
-    """The device's peak allocation, or on a CPU the peak resident size of this process."""
+    """The device's peak allocation, or on a CPU the peak resident size of this process, since the last reset."""
     if device == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 2**20, 3)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**30 if platform.system() == "Darwin" else 2**20), 3)

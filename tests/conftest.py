@@ -6,11 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from sslbench.cli import app
 from sslbench.data import open_split
 
 ROOT = Path(__file__).parents[1]
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)):  # threads that wait for each other's cores are slow
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the commands that tests start
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +41,20 @@ def run_sslbench(environment):
             [sys.executable, "-m", "sslbench", *map(str, args)],
             cwd=home, env=environment(home, env), capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def invoke(tmp_path, monkeypatch):
+    """invoke(*args): the command in this process, with tmp_path as the current folder. Quicker than `run_sslbench`."""
+    for name in [name for name in os.environ if name.startswith("SSLBENCH_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args, columns=200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return CliRunner().invoke(app, [str(a) for a in args])
 
     return run
 

@@ -4,12 +4,18 @@ import json
 import re
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from sslbench.ablate import read_ablation, row_recipes
 from sslbench.cli import app
 from sslbench.data import open_split
+from sslbench.method import methods
+from sslbench.recipe import Batch, recipe_files
+from sslbench.train.meter import build
 
+METHODS = list(methods())
 SMOKE = ["--recipe", "ocl_smoke", "--set", "machine.tensorboard=false"]
 
 
@@ -104,13 +110,61 @@ def test_report_list_doctor_and_data_check(trained, run_sslbench):
     assert run_sslbench("data", "list", home=home).returncode == 0
 
 
-def test_bench_measures_against_the_matmul_peak(run_sslbench, tmp_path):
-    done = run_sslbench(
-        "bench", "ocl", "--arch", "vit_mini4", "--batch-size", "32", "--seconds", "1", "--json", home=tmp_path
-    )
+def test_bench_measures_every_method_against_the_matmul_peak_each_with_its_own_memory(run_sslbench, tmp_path):
+    done = run_sslbench("bench", *METHODS, "ocl", "--arch", "vit_mini4", "--batch-size", "64", "--seconds", "0.1",
+                        "--json", home=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    row = last_json(done)["rows"][0]
-    assert row["images_per_s"] > 1 and 0.01 < row["matmul_share"] < 1.1 and row["peak_memory_gib"] > 0.1
+    rows = last_json(done)["rows"]
+    assert [row["method"] for row in rows] == [*METHODS, "ocl"]
+    for row in rows:
+        assert row["images_per_s"] > 1 and 0.01 < row["matmul_share"] < 1.1 and row["peak_memory_gib"] > 0.1
+    memory = {row["method"]: row["peak_memory_gib"] for row in rows[:-1]}
+    assert memory["mocov3"] > memory["ocl"]  # all tokens of two views against a few of one
+    assert abs(rows[-1]["peak_memory_gib"] - memory["ocl"]) < 0.15  # whatever ran before
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_methods_smoke_recipe_trains_and_is_evaluated(name, invoke, tmp_path):
+    command = ["pretrain", name, "--recipe", f"{name}_smoke", "--epochs", "0.3", "--json"]
+    done = invoke(*command)
+    assert done.exit_code == 0, done.stderr
+    run = last_json(done)["run"]
+    assert json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])["effective_rank"] > 1
+    knn = invoke("eval", "knn", "--json")
+    assert knn.exit_code == 0 and last_json(knn)["method"] == name, knn.stderr
+    again = invoke(*command)
+    assert last_json(again)["status"] == "finished" and "already finished" in again.stderr
+
+
+def test_ablate_runs_every_row_and_prints_the_table(invoke, tmp_path):
+    quick = ["science.epochs=0.04", "science.data.image_size=8", "machine.tensorboard=false"]
+    sets = [word for s in quick for word in ("--set", s)]
+    done = invoke("ablate", "asl_t7", *sets, columns=80)
+    assert done.exit_code == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if re.match(r"\s+[1-5]  ", line)]
+    assert len(table) == 5 and all(len(line) <= 80 for line in table)
+    for row, reported in zip(table, ("46.8", "46.5", "48.5", "46.6", "48.6"), strict=True):
+        assert reported in row and row.count("±") == 2
+    assert len((tmp_path / "results/ledger/asl.jsonl").read_text().splitlines()) == 5 * 5
+    again = invoke("ablate", "asl_t7", *sets, "--dry-run", "--json")
+    hashes = [row["hash"] for row in last_json(again)["rows"]]
+    folders = {p.name for p in (tmp_path / "runs").iterdir() if p.name.startswith("asl")}
+    assert len(set(hashes)) == 5 and {f.rsplit("_", 1)[1] for f in folders} == {h[:8] for h in hashes}
+
+
+@pytest.mark.parametrize("table", recipe_files("ablations"))
+def test_every_ablation_resolves_at_every_scale_each_row_by_itself(table):
+    ablation = read_ablation(table)
+    assert set(ablation.scales) == {"tiny", "cifar", "paper"}
+    for scale in ablation.scales:
+        recipes = row_recipes(ablation, scale)
+        assert list(recipes) == list(range(1, len(recipes) + 1))
+        for recipe in recipes.values():
+            Batch.of(recipe)
+            with torch.device("meta"):
+                build(recipe)
+        if scale == "paper":
+            assert len({r.hash() for r in recipes.values()}) == len(recipes)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +198,12 @@ BAD = {
     "no run": (["eval", "knn"], "no finished pre-training run"),
     "not a run": (["eval", "knn", "nothing"], "no run folder"),
     "option": (["pretrain", "ocl", "--epoch", "3"], "--epoch"),
+    "config against the encoder": (["pretrain", "ccmim", "--recipe", "ccmim_smoke", "--set", "science.method.score_layers=[6]", "--dry-run"], "blocks are 0 to 5"),
+    "config against itself": (["pretrain", "asl", "--recipe", "asl_smoke", "--set", "science.method.align=false"], "set recon_on"),
+    "ablation": (["ablate", "asl_t8"], "did you mean 'asl_t7'"),
+    "scale": (["ablate", "asl_t7", "--scale", "small"], "has no scale 'small'"),
+    "ablation without data": (["ablate", "asl_t7", "--scale", "paper"], "data set 'coco' not found"),
+    "untrained size": (["eval", "knn", "untrained:vit_mini4@big", "--data", "builtin"], "untrained:ARCH[@PIXELS]"),
     "list": (["list", "method"], "did you mean 'methods'"),
     "table": (["report", "ocl_t66"], "ocl_t6"),
     "format": (["export", "x", "--format", "onnx"], "known: timm, safetensors"),

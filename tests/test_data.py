@@ -2,16 +2,18 @@
 
 import hashlib
 import io
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sslbench.data import open_split
+from sslbench.data import known_size, open_split
 from sslbench.data.check import check
 from sslbench.data.loader import MicroBatches, evaluation_batches
 from sslbench.errors import RunFailed, UserError
+from sslbench.evaluate.features import both_splits
 
 
 def batches(data, first=0, last=4, **over):
@@ -111,3 +113,46 @@ def test_a_corrupt_image_is_listed_substituted_counted_and_not_tolerated_in_numb
     assert loader.corrupt == {3} and all(x.equal(y) for x, y in zip(a, b, strict=True))
     views = torch.cat(list(evaluation_batches(data, 16, 7, torch.device("cpu"), 0)))
     assert views.shape == (40, 3, 16, 16) and views[3].equal(views[4])
+
+
+def save(folder, images):
+    folder.mkdir(parents=True)
+    for i, x in enumerate(images):
+        Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder / f"{i:012d}.png")
+
+
+def test_sets_joined_by_plus_are_read_one_after_the_other_without_labels(tmp_path):
+    x = open_split("builtin", "train").images
+    save(tmp_path / "coco/train2017", x[:6])
+    save(tmp_path / "set/train/a", x[10:14])
+    joined = open_split(f"folder:{tmp_path}/set+coco:{tmp_path}/coco", "train")
+    assert len(joined) == 10 and joined.labels is None and joined.name == "set+coco"
+    for i, expected in enumerate([*x[10:14], *x[:6]]):
+        assert (np.asarray(joined.read(i)) == expected.permute(1, 2, 0).numpy()).all()
+    assert "coco" in joined.where(4) and joined.fingerprint != open_split(f"coco:{tmp_path}/coco", "train").fingerprint
+    loader, got = batches(joined, first=0, last=1, workers=1)
+    assert len(got) == 2 and got[0].shape == (5, 2, 3, 16, 16) and not loader.corrupt
+    with_memory = open_split(f"builtin+coco:{tmp_path}/coco", "train")
+    assert len(with_memory) == 4006 and (np.asarray(with_memory.read(3999)) == x[3999].permute(1, 2, 0).numpy()).all()
+    with pytest.raises(UserError, match="no labels"):
+        both_splits("builtin+builtin")
+
+
+def test_sets_of_one_size_in_memory_stay_there_when_joined():
+    twice = open_split("builtin+builtin", "train")
+    assert len(twice) == 8000 and twice.images[4000:].equal(open_split("builtin", "train").images)
+
+
+def test_coco_photographs_come_without_labels_and_a_wrong_layout_says_what_was_expected(tmp_path, shared):
+    with tarfile.open(shared / "data/coco_mini.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    data = open_split(f"coco:{tmp_path}/coco_mini", "train")
+    assert len(data) == 266 and data.labels is None and data.read(0).mode == "RGB"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"expected .*train2017/\*\.jpg, found an empty folder"):
+        open_split(f"coco:{tmp_path}/empty", "train")
+
+
+def test_a_plan_knows_the_size_of_joined_sets_that_are_not_here():
+    assert known_size("imagenet100+coco") == 126_689 + 118_287  # 59 full batches of 4,096: ASL's 47k iterations
+    assert (known_size("imagenet100+coco") // 4096 * 800, known_size("builtin+folder:x")) == (47_200, None)

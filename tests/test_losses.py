@@ -60,6 +60,7 @@ CASES = {
     **{(name, None): {} for name in METHODS},
     ("ocl", True): {"gather_negatives": True, "mlp_head": "2-layer"},
     ("ocl", False): {"gather_negatives": False},
+    ("ocl", "eq3"): {"gather_negatives": True, "denominator": "eq3"},
     ("ccmim", True): {"gather_negatives": True},
     ("ccmim", False): {"gather_negatives": False},
     ("ccmim", "official"): {"gather_negatives": True, "contrast": "official"},

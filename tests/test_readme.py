@@ -1,6 +1,7 @@
 """The README is true: every command in it runs, and the method it shows trains."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,9 @@ def checkout(tmp_path_factory):
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("sslbench", "methods", "recipes", "results/paper"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "tests").mkdir()
+    for name in ("conftest.py", "tiny.py", "goldens.json", "test_methods.py"):
+        shutil.copy(ROOT / "tests" / name, copy / "tests")
     for name, text in re.findall(r"^`((?:methods|recipes)/\S+)`:\n\n```\w+\n(.*?)```", README, re.S | re.M):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text(text)
@@ -68,3 +72,11 @@ def test_the_fifth_method_is_one_file_and_one_recipe(checkout):
     assert in_checkout(checkout, "eval", "knn")["method"] == "simclr"
     row = in_checkout(checkout, "bench", "simclr", "--arch", "vit_mini4", "--batch-size", "16", "--seconds", "0.5")
     assert row["rows"][0]["images_per_s"] > 0
+
+
+def test_the_fifth_method_keeps_the_contract_that_is_tested_for_every_file_in_methods(checkout):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/test_methods.py", "-k", "simclr and not committed"],
+        cwd=checkout, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(checkout)},
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout and "failed" not in done.stdout, done.stdout

@@ -5,22 +5,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.stats import ks_2samp
+from scipy.ndimage import gaussian_filter
+from scipy.stats import ks_2samp, kstest, uniform
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import InterpolationMode
 
 from sslbench.data import open_split
+from sslbench.recipe import Augment
 from sslbench.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    TwoViews,
+    blur,
     crop_boxes,
     denormalise,
+    distort,
+    jitter,
+    luma,
     normalise,
     random_resized_crop,
     resample,
     resize_centre,
     resize_weights,
+    solarise,
+    two_views,
 )
 
 
@@ -116,3 +125,64 @@ def test_normalise_is_torchvisions_and_denormalise_its_inverse():
     x = photographs()
     torch.testing.assert_close(normalise(x), tv.normalize(x / 255, IMAGENET_MEAN, IMAGENET_STD), atol=1e-5, rtol=0)
     torch.testing.assert_close(denormalise(normalise(x)), x.float(), atol=1e-3, rtol=0)
+
+
+# -------------------------------------------------------------------------------- the two views of contrastive methods
+
+
+def test_each_step_of_the_jitter_is_torchvisions_in_whatever_order():
+    x = photographs(6).float()
+    factors = torch.tensor(
+        [[0.6, 1.4, 0.8], [1.3, 0.7, 1.2], [1, 1, 1], [0.9, 1.1, 0.85], [1.4, 0.6, 1.2], [0.7, 1, 1]]
+    )
+    hue = torch.tensor([0.1, -0.1, 0.05, 0, -0.03, 0.08])
+    order = torch.tensor([[0, 1, 2], [2, 1, 0], [1, 2, 0], [0, 2, 1], [2, 0, 1], [1, 0, 2]])
+    hue_at = torch.tensor([0, 1, 2, 3, 0, 2])
+    got = jitter(x, factors, hue, order, hue_at)
+    steps = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
+    for i in range(6):
+        expected = x[i] / 255
+        todo = [(steps[k], factors[i, k].item()) for k in order[i].tolist()]
+        todo.insert(int(hue_at[i]), (tv.adjust_hue, hue[i].item()))
+        for function, amount in todo:
+            expected = function(expected, amount)
+        assert (got[i] / 255 - expected).abs().max() < 2e-4, i
+
+
+def test_blur_is_a_gaussian_of_the_asked_sigma_with_repeated_edges():
+    x = photographs(3, 64).float()
+    sigma = torch.tensor([0.1, 1.0, 2.0])
+    got = blur(x, sigma)
+    assert (got[0] - x[0]).abs().max() < 1e-3  # so small a sigma changes nothing
+    for i in (1, 2):
+        expected = gaussian_filter(
+            x[i].numpy(), (0, sigma[i].item(), sigma[i].item()), mode="nearest", radius=(0, 8, 8)
+        )
+        assert abs(got[i].numpy() - expected).max() < 1e-2
+
+
+def test_solarise_and_grey_are_torchvisions():
+    x = photographs(2)
+    assert solarise(x.float()).equal(tv.solarize(x, 128).float())
+    assert (luma(x.float()) - tv.rgb_to_grayscale(x).float()).abs().max() < 1.1  # torchvision truncates
+
+
+def test_two_views_are_drawn_by_their_shares_from_the_generator_alone():
+    x = photographs(64)
+    before = torch.get_rng_state()
+    law = TwoViews(jitter_p=0, gray_p=0.3, blur_p=(0, 0), solarise_p=(0, 1))
+    plain = Augment(crop_scale=(1, 1), flip=False, mean=(0, 0, 0), std=(1, 1, 1))
+    a, b = (two_views(x, 64, plain, law, torch.Generator().manual_seed(s)) for s in (1, 1))
+    assert a[0].equal(b[0]) and a[1].equal(b[1]) and torch.get_rng_state().equal(before)
+    grey = (a[0].std(1) < 1e-4).flatten(1).all(1).float().mean()
+    assert 0.1 < grey < 0.5  # 64 draws at .3
+    assert (a[1] * 255 < 128.5).all() and (a[0] * 255 > 128.5).any()  # every second view is solarised, no first one
+
+
+def test_the_strengths_of_the_jitter_are_uniform_in_their_ranges():
+    flat = torch.full((2000, 3, 2, 2), 100.0)
+    law = TwoViews(jitter=(0.4, 0, 0, 0), jitter_p=0.8, gray_p=0, blur_p=(0, 0))
+    out = distort(flat, law, 0, torch.Generator().manual_seed(0))[:, 0, 0, 0] / 100
+    changed = out[(out - 1).abs() > 1e-6]
+    assert abs(len(changed) / 2000 - 0.8) < 0.03
+    assert changed.min() >= 0.6 and changed.max() <= 1.4 and kstest(changed, uniform(0.6, 0.8).cdf).pvalue > 1e-3

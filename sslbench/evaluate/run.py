@@ -103,7 +103,7 @@ def evaluate(
             seed=seed,
         )
         values = [("linprobe_top1", top1, {"lr": lr})]
-    science = {**s.model_dump(mode="json"), "pool": pool}
+    science = {**s.model_dump(mode="json"), "pool": pool, "image_size": list(subject.encoder.image)}
     protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
     wall = time.perf_counter() - began
     return [

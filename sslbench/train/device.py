@@ -16,6 +16,12 @@ def bf16_is_fast(device: str) -> bool:
     return device == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
+def release_freed_memory() -> None:
+    """Give what glibc kept back to the kernel, so that the next measurement of memory starts from what is in use."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next step, instead of giving it back to the kernel.
 

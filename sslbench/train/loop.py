@@ -124,6 +124,7 @@ def pretrain(recipe: Recipe, folder: Path, console: Console, progress: bool = Tr
 
 def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console, progress: bool) -> None:
     science, machine, fabric = run.recipe.science, run.recipe.machine, run.fabric
+    provenance.reset_peak_memory(fabric.device.type)
     torch.manual_seed(seed_of("weights", science.seed))
     step_module = TrainStep(build(run.recipe))
     method = step_module.method

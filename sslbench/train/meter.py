@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import UserError
 from ..method import Method, get_method
 from ..recipe import Recipe
 from ..vit import VisionTransformer, get_arch
@@ -23,7 +24,11 @@ def build(recipe: Recipe) -> Method:
     science = recipe.science
     cls = get_method(recipe.method)
     config = cls.Config(**{k: v for k, v in science.method.items() if k not in ("name", "preset")})
-    return cls(config, VisionTransformer(get_arch(science.arch), science.data.image_size), science.augment)
+    encoder = VisionTransformer(get_arch(science.arch), science.data.image_size)
+    try:
+        return cls(config, encoder, science.augment)
+    except ValueError as e:
+        raise UserError(f"recipe {recipe.name}: science.method: {e}") from None
 
 
 def flops_per_image(recipe: Recipe) -> float:
