@@ -292,7 +292,9 @@ def choose(method: str, arch: str | None, spec: str | None) -> Path:
     if arch and (exact := known.get(f"{arch}_{data or 'imagenet'}")):
         return exact
     if data and not arch and data != "imagenet":
-        named = [p for n, p in known.items() if n.endswith("_" + data)]
+        # Of several archs for small data: the one that every method has, else the method's own, else a plain ViT.
+        names = sorted(known, key=lambda n: [not n.startswith(start) for start in ("vit_ti4", method, "vit_")])
+        named = [known[n] for n in names if n.endswith("_" + data)]
         small = known.get("vit_mini4_builtin")
         if data != "builtin" and named:
             return named[0]
