@@ -1,14 +1,25 @@
-"""The report: hand-computed cells, protocols apart, the same bytes twice, and nothing fetched from outside."""
+"""The report: hand-computed cells, protocols apart, no number lost, the same bytes twice, nothing fetched."""
 
+import csv
+import io
 import re
+from itertools import combinations, pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.text import Text
 from rich.console import Console
 
 from sslbench import ledger
 from sslbench.errors import UserError
+from sslbench.report import figures
 from sslbench.report.page import report, write_page
-from sslbench.report.tables import tables
+from sslbench.report.tables import paper_tables, read_paper, reported_beside_measured, summary, tables
+
+METHODS = ["asl", "ccmim", "macrl", "mae", "mocov3", "ocl"]
+PROTOCOLS = {name: name.split("_")[0] + "_top1" for name in ("knn_cls", "knn_mean", "linprobe_cls", "linprobe_mean")}
+ALL_TABLES = list(paper_tables())
 
 
 def fields(value=40.0, method="ocl", seed=0, **over):
@@ -27,8 +38,39 @@ def fields(value=40.0, method="ocl", seed=0, **over):
     return {**base, **over}
 
 
+def pretrain(**over):
+    return {**fields()["pretrain"], **over}
+
+
+def cost(wall_s, flops=None):
+    return {**fields()["cost"], "wall_s": wall_s, "flops": flops}
+
+
 def records(*all_fields):
     return [ledger.append(f) for f in all_fields]
+
+
+def quickstart_records(seeds=1, recipe=""):
+    """Six methods and the untrained ViT under four protocols; the methods of a protocol within 0.6 points."""
+    return records(
+        *(
+            fields(
+                30 + i / 10 + 2 * j + seed / 2, method, seed, metric=metric, weights_sha256=f"{method}{seed}{recipe}",
+                protocol={"name": protocol, "hash": f"{j}" * 12}, cost=cost(90, 10e12 * i or None),
+                pretrain=pretrain(recipe_hash=f"{recipe}{method}hash") if i else fields(method=method)["pretrain"],
+            )
+            for i, method in enumerate(["untrained", *METHODS])
+            for j, (protocol, metric) in enumerate(PROTOCOLS.items())
+            for seed in range(seeds)
+        )
+    )  # fmt: skip
+
+
+def cells(table):
+    return [cell for row in table.rows for cell in row.cells.values()]
+
+
+# ------------------------------------------------------------------------------------------------------- the cells
 
 
 def test_a_cell_is_the_mean_over_seeds_with_students_interval_and_the_gain_over_untrained(home):
@@ -43,10 +85,34 @@ def test_a_cell_is_the_mean_over_seeds_with_students_interval_and_the_gain_over_
 
 def test_two_protocol_hashes_never_share_a_column_nor_two_recipes_a_row(home):
     other = {"protocol": {"name": "knn_cls", "hash": "bbbbbbbbbbbb"}}
-    third = {"pretrain": {**fields()["pretrain"], "recipe_hash": "z"}}
+    third = {"pretrain": pretrain(recipe_hash="z")}
     (table,) = tables(records(fields(40), fields(50, **other), fields(60, **third)))
-    assert len(table.columns) == 2 and len({row.label for row in table.rows}) == 2
-    assert sorted(c.value for row in table.rows for c in row.cells.values()) == [40, 50, 60]
+    assert table.columns == ["k-NN, cls [aaaaaa]", "k-NN, cls [bbbbbb]"]
+    assert [row.label for row in table.rows] == ["ocl, 10 ep [oclocl]", "ocl, 10 ep [z]"]
+    assert sorted(c.value for c in cells(table)) == [40, 50, 60]
+
+
+def test_rows_of_one_method_are_told_apart_by_no_more_than_it_takes(home):
+    longer = {"pretrain": pretrain(epochs=20.5, recipe_hash="b")}
+    official = {"pretrain": pretrain(recipe_hash="c"), "preset": "official"}
+    (table,) = tables(records(fields(40), fields(41, **longer), fields(42, **official), fields(43, "mae")))
+    assert [row.label for row in table.rows] == ["mae", "ocl (official)", "ocl, 10 ep", "ocl, 20.5 ep"]
+
+
+def test_other_test_images_scales_and_pretraining_data_are_other_tables(home):
+    over = [{}, {"data_fingerprint": "g"}, {"scale": "cifar"}, {"pretrain": pretrain(data="cifar10")}]
+    bases = fields(29, "untrained"), fields(28, "untrained", data_fingerprint="g")
+    found = tables(records(*(fields(40 + i, **o) for i, o in enumerate(over)), *bases))
+    assert [[cell.value for cell in cells(t)] for t in found] == [[29, 42], [29, 40], [28, 41], [29, 43]]
+    assert [t.key[0] for t in found] == ["cifar", "tiny", "tiny", "tiny"] and len({t.title for t in found}) == 4
+
+
+def test_the_untrained_vit_stands_in_every_table_of_its_test_images_and_alone_where_there_is_none(home):
+    small = fields(29, "untrained")
+    beside, alone = tables(records(fields(40), small, fields(20, "untrained", arch="vit_s4")))
+    assert [row.label for row in beside.rows] == ["untrained ViT", "ocl"] and beside.base.cells["k-NN, cls"].value == 29
+    assert [row.label for row in alone.rows] == ["untrained ViT"] and "pre-trained on nothing" in alone.title
+    assert figures.accuracy(alone) is None and figures.compute(alone) is None and summary(alone) == []
 
 
 def test_of_a_number_measured_twice_the_newest_counts(home):
@@ -55,11 +121,49 @@ def test_of_a_number_measured_twice_the_newest_counts(home):
     assert table.rows[0].cells["k-NN, cls"].value == 41 and len(table.rows[0].cells["k-NN, cls"].records) == 1
 
 
+def test_a_number_without_an_error_has_no_interval_and_no_verdict(home, tmp_path):
+    rows = records(fields(40, stderr=None), fields(30, "mae", stderr=None), fields(29, "untrained", stderr=None))
+    (table,) = tables(rows)
+    assert {(cell.half, str(cell)) for cell in cells(table)} == {(None, "40.0"), (None, "30.0"), (None, "29.0")}
+    assert summary(table) == ["k-NN, cls: ocl leads with 40.0 %, 10.0 points above mae."]
+    write_page(rows, tmp_path)
+    assert "no interval known" in (tmp_path / "report.html").read_text()
+    assert {line["half_width"] for line in csv.DictReader((tmp_path / "report.csv").open())} == {""}
+
+
+def test_who_leads_is_said_with_the_noise_and_never_against_the_untrained_vit(home):
+    def said(*values):
+        methods = ("ocl", "mae", "untrained")
+        return summary(tables([ledger.Record(id=m, **fields(v, m)) for v, m in zip(values, methods, strict=True)])[0])
+
+    assert said(40, 30, 29) == ["k-NN, cls: ocl leads with 40.0 ± 2.9 %, 10.0 points above mae, "
+                                "more than the 95 % noise of the two."]  # fmt: skip
+    assert "1.0 points above mae, within the 95 % noise" in said(40, 39, 29)[0]
+    assert said(28, 27, 29) == ["k-NN, cls: no method is above the untrained ViT's 29.0 ± 2.9 %."]
+
+
+def test_what_pretraining_cost_is_a_mean_over_seeds_without_the_evaluations(home):
+    slow = {"metric": "linprobe_top1", "protocol": {"name": "linprobe_cls", "hash": "c"}}
+    (table,) = tables(
+        records(
+            fields(40, cost=cost(100, 1e12)), fields(41, cost=cost(150, 1e12), **slow),
+            fields(42, seed=1, cost=cost(120, 3e12)), fields(29, "untrained"),
+            fields(50, "mae", pretrain=pretrain(recipe_hash=None, epochs=None, data="builtin")),
+        )
+    )  # fmt: skip
+    untrained, mae, ocl = table.rows
+    assert (ocl.wall_s(), ocl.flops()) == (110, 2e12)
+    assert [row.wall_s() for row in (untrained, mae)] == [None, None]  # no run of ours is behind these weights
+
+
+# -------------------------------------------------------------------------------------------------------- the page
+
+
 def test_the_same_ledger_gives_the_same_bytes_and_asks_for_nothing_from_outside(home, tmp_path):
     rows = records(fields(40), fields(30, "mae"), fields(29, "untrained"), fields(33, "<script>x"),
                    fields(39, metric="knn_top1_k10", condition={"k": 10}))  # fmt: skip
     for out in ("a", "b"):
-        write_page(rows, tmp_path / out, notes=["a <b>note</b>"], papers=True)
+        write_page(rows if out == "a" else rows[::-1], tmp_path / out, notes=["a <b>note</b>"], papers=True)
     names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert {"report.html", "report.md", "report.csv"} <= {str(n) for n in names} and len(names) >= 7
     for name in names:
@@ -68,6 +172,25 @@ def test_the_same_ledger_gives_the_same_bytes_and_asks_for_nothing_from_outside(
     assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;" in page
     assert not re.search(r"""(?:src|href)=["']?https?:|url\(['"]?http|@import""", page)
     assert "40.0 ± 2.9" in page and "(+11.0)" in page and "leads" in page
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_quickstarts_page_has_every_method_protocol_and_number(home, tmp_path, seeds):
+    done = write_page(quickstart_records(seeds), tmp_path, notes=["`sslbench quickstart` <made> this"])
+    page = (tmp_path / "report.html").read_text()
+    assert done["numbers"] == 7 * 4 and page.count("<svg") == 2
+    for name in (*METHODS, "untrained ViT"):
+        assert f">{name}</td>" in page
+    assert "<code>sslbench quickstart</code> &lt;made&gt; this" in page
+    lines = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert len(lines) == 28 and {line["interval_over"] for line in lines} == {"images" if seeds == 1 else "seeds"}
+    assert all(f'<details id="{i}">' in page for line in lines for i in line["record_ids"].split())
+
+
+def test_a_number_of_any_metric_is_on_the_page(home, tmp_path):
+    ap = {"metric": "box_ap", "dataset": "coco", "protocol": {"name": "coco", "hash": "d"}}
+    write_page(records(fields(40), fields(51.5, **ap)), tmp_path)
+    assert "coco box_ap" in (tmp_path / "report.html").read_text() and "51.5" in (tmp_path / "report.csv").read_text()
 
 
 def test_an_empty_ledger_says_what_measures(home):
@@ -88,3 +211,155 @@ def test_bad_names_and_bad_lines_are_named(home):
     path.write_text(path.read_text().splitlines()[0].replace('"knn_top1"', "3") + "\n")
     with pytest.raises(UserError, match=r"line 1 is not a ledger record .*metric"):
         ledger.read()
+
+
+# ----------------------------------------------------------------------------------------------------- the figures
+
+labels = st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.4)), min_size=1, max_size=12)
+
+
+@given(labels)
+def test_labels_keep_their_order_do_not_overlap_and_stay_inside_where_they_fit(drawn):
+    wanted, heights = sorted(y for y, _ in drawn), [h for _, h in drawn]
+    placed = figures._spread(wanted, heights, -0.05, 1.05)
+    for (y1, h1), (y2, h2) in pairwise(zip(placed, heights, strict=True)):
+        assert y2 - y1 >= (h1 + h2) / 2 - 1e-9
+    if sum(heights) <= 1.1:
+        assert placed[0] - heights[0] / 2 >= -0.05 - 1e-9 and placed[-1] + heights[-1] / 2 <= 1.05 + 1e-9
+
+
+@given(labels)
+def test_a_label_that_has_room_stands_at_its_point(drawn):
+    heights = [0.1 * h for _, h in drawn]
+    wanted = [(i + 0.5) / len(drawn) for i in range(len(drawn))]
+    assert figures._spread(wanted, heights, -0.05, 1.05) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("figure", [figures.accuracy, figures.compute])
+@pytest.mark.parametrize(("seeds", "recipes"), [(1, [""]), (3, [""]), (1, ["one", "another"])])
+def test_no_two_texts_of_a_figure_overlap_and_all_are_inside_it(home, figure, seeds, recipes, monkeypatch):
+    (table,) = tables([r for recipe in recipes for r in quickstart_records(seeds, recipe)])
+    drawn, boxes = figure(table), {}
+
+    def draw(self, renderer):
+        if self.get_visible() and self.get_text():
+            boxes[self] = Text.get_window_extent(self, renderer)  # an annotation's own extent has its arrow in it
+
+    monkeypatch.setattr(Text, "draw", draw)
+    figures.picture(drawn, "png")
+    seen = [(text.get_text(), box) for text, box in boxes.items()]
+    assert all(sum(text.startswith(method) for text, _ in seen) >= 2 * len(recipes) for method in METHODS)
+    for (a, box), (b, other) in combinations(seen, 2):
+        assert not box.overlaps(other), (a, b)
+    width, height = drawn.get_size_inches() * 160
+    for text, box in seen:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
+
+
+def test_flops_and_seconds_never_share_an_axis(home):
+    counted = records(fields(40), fields(30, "mae"))
+    assert "FLOP" in figures.compute(tables(counted)[0]).get_supxlabel()
+    mixed = [*counted, *records(fields(35, "asl", cost=cost(20)))]
+    assert "seconds" in figures.compute(tables(mixed)[0]).get_supxlabel()
+
+
+@given(st.lists(st.floats(1, 1e21), min_size=1, max_size=6))
+def test_the_cost_axis_has_a_label_on_either_side_of_the_points(costs):
+    ticks = figures._ticks(costs)
+    assert ticks[0] < min(costs) and max(costs) < ticks[-1] and ticks == sorted(ticks)
+
+
+# ---------------------------------------------------------------------------------------------- the papers' tables
+
+
+def at_paper_scale(value, metric="linprobe_top1", epochs=1600, method="mae", **over):
+    base = {"scale": "paper", "arch": "vit_b16", "dataset": "imagenet", "metric": metric, "stderr": 0.1,
+            "protocol": {"name": "linprobe_cls", "hash": "p" * 12},
+            "pretrain": pretrain(data="imagenet", epochs=epochs, recipe_hash=f"{method}{epochs}")}  # fmt: skip
+    return fields(value, method, **{**base, **over})
+
+
+def cell_of(name, row_words, measured):
+    """The cells of the one row that has all these words in its key columns."""
+    table = reported_beside_measured(name, measured)
+    (row,) = [row for row in table.rows if set(row_words) <= set(row[: table.keys])]
+    return row[table.keys :]
+
+
+@pytest.mark.parametrize("name", ALL_TABLES)
+def test_every_reported_number_is_shown_as_often_as_the_paper_prints_it(home, name):
+    table, frame = reported_beside_measured(name, []), read_paper(name)
+    shown = [cell for row in table.rows for cell in row[table.keys :] if cell]
+    assert sorted(re.sub(r" \[\d+\]$", "", cell).split(" ")[0] for cell in shown) == sorted(
+        (value or "-").split(" ")[0] for value in frame["value"]
+    )
+    assert all(len(row) == len(table.header) for row in table.rows)
+
+
+@pytest.mark.parametrize("name", ALL_TABLES)
+def test_notes_are_numbered_and_each_number_points_at_its_note(home, name):
+    table, frame = reported_beside_measured(name, []), read_paper(name)
+    assert [note.split("] ", 1)[1] for note in table.notes] == list(dict.fromkeys(n for n in frame["note"] if n))
+    assert [int(note[1:].split("]")[0]) for note in table.notes] == list(range(1, len(table.notes) + 1))
+    marks = [int(m) for row in table.rows for cell in row[table.keys :] for m in re.findall(r"\[(\d+)\]$", cell)]
+    wanted = [table.notes.index(f"[{i}] {n}") + 1 for n in frame["note"] if n for i in [_number(table.notes, n)]]
+    assert sorted(marks) == sorted(wanted)
+
+
+def _number(notes, text):
+    return next(i for i, note in enumerate(notes, 1) if note == f"[{i}] {text}")
+
+
+def test_what_a_paper_prints_twice_under_one_name_takes_two_lines(home, tmp_path, monkeypatch):
+    head = "paper,table,row,method,arch,pretrain_data,epochs,condition,metric,dataset,value,unit,note\n"
+    line = "x,t1,1,ocl,vit_b16,imagenet,800,,linprobe_top1,imagenet,{},%,\n"
+    (tmp_path / "x_t1.csv").write_text(head + line.format(74.2) + line.format(74.3))
+    monkeypatch.setattr("sslbench.report.tables.bundled", lambda _: tmp_path)
+    table = reported_beside_measured("x_t1", records(at_paper_scale(74, epochs=800, method="ocl")))
+    assert table.rows == [["ocl", "74.2"], ["ocl", "74.3"]]
+    assert table.common == "vit_b16, pre-trained on imagenet, 800 epochs"
+
+
+@pytest.mark.parametrize(("name", "columns"), [*((name, 80) for name in ALL_TABLES), ("ocl_t2", 60), ("ocl_t6", 200)])
+def test_a_table_in_the_terminal_keeps_its_width_and_every_word(home, name, columns):
+    out = io.StringIO()
+    report([name], None, "", Console(file=out, width=columns, soft_wrap=True))
+    text, table = out.getvalue(), reported_beside_measured(name, [])
+    assert max(map(len, text.splitlines())) <= columns and "…" not in text
+    for words in [table.header, *table.rows]:
+        assert all(word in text for cell in words for word in cell.split())
+    for note in table.notes:
+        assert " ".join(note.split()) in " ".join(text.split())
+
+
+def test_measured_stands_beside_reported_at_the_papers_scale_alone(home):
+    measured = records(at_paper_scale(67.5), at_paper_scale(60, seed=1, scale="tiny"))
+    beside = cell_of("ocl_t6", ["mae", "vit_b16"], measured)
+    assert beside == ["68.0 | 67.5 ± 0.2", "83.6"]
+    assert cell_of("ocl_t6", ["mae", "vit_l16"], []) == ["76.0", "85.9"]
+
+
+def test_seeds_are_one_number_and_recipes_and_protocols_are_several(home):
+    measured = records(*(at_paper_scale(v, seed=s) for s, v in enumerate((67, 68))))
+    assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == "68.0 | 67.5 ± 6.4"  # t(.975, 1) 0.5
+    mean = {"protocol": {"name": "linprobe_mean", "hash": "q" * 12}, "weights_sha256": "w"}
+    measured += records(at_paper_scale(66, **mean))
+    assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == (
+        "68.0 | 67.5 ± 6.4 (linprobe_cls, pppppp) | 66.0 ± 0.2 (linprobe_mean, qqqqqq)"
+    )
+    other = at_paper_scale(65, pretrain=pretrain(data="imagenet", epochs=1600, recipe_hash="z"))
+    assert cell_of("ocl_t6", ["mae", "vit_b16"], records(fields(), other, at_paper_scale(64)))[0] == (
+        "68.0 | 64.0 ± 0.2 (mae160) | 65.0 ± 0.2 (z)"
+    )
+
+
+def test_other_epochs_are_said_and_lines_that_a_record_cannot_tell_apart_stay_alone(home):
+    ocl = records(at_paper_scale(74.0, epochs=800, method="ocl"))
+    assert cell_of("ocl_t6", ["ocl", "vit_b16"], ocl)[0] == "74.2 [4] | 74.0 ± 0.2 (800 ep)"  # it prints 1600
+    box = {"metric": "box_ap", "dataset": "coco", "protocol": {"name": "coco", "hash": "d"}}
+    rows = records(*(at_paper_scale(50.0, epochs=e, weights_sha256=f"{e}", **box) for e in (400, 800)))
+    assert cell_of("ocl_t7", ["mae", "vit_b16", "400"], rows)[0] == "50.6 | 50.0 ± 0.2"  # 400 and 1600 are printed
+    assert cell_of("ocl_t7", ["mae", "vit_b16", "1600"], rows)[0] == "51.6"
+    large = records(at_paper_scale(85, "finetune_top1", 800, "ocl", arch="vit_l16"))
+    kappa = reported_beside_measured("ocl_t5", large)  # five values of kappa, which a record does not know
+    assert not any("|" in cell for row in kappa.rows for cell in row)

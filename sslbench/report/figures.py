@@ -3,86 +3,171 @@
 from __future__ import annotations
 
 import io
+import math
+import textwrap
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullLocator
+from scipy.optimize import isotonic_regression
 
-from .tables import UNTRAINED, Table
+from .tables import Row, Table
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+GREY = "#777777"
+WIDTH = 4.6  # inches: on a phone 390 pixels wide, type keeps four fifths of its size
+LINE = 0.16  # inches that a line of a label takes
+BACKING = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0}
+DASHED = "; dashed: untrained"
 STYLE: Any = {
     "svg.hashsalt": "sslbench",
     "svg.fonttype": "none",
-    "font.size": 11,
+    "font.size": 10,
     "font.family": "sans-serif",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
 
 
-def accuracy(table: Table) -> Figure:
+def accuracy(table: Table) -> Figure | None:
     """A panel a protocol: each method's accuracy with its interval, the untrained ViT as a line."""
-    trained = [row for row in table.rows if row.method != UNTRAINED]
-    base = next((row for row in table.rows if row.method == UNTRAINED), None)
+    rows = table.trained
+    if not rows:
+        return None
+    columns = _measured(table, rows)
+    labels = [_label(row) for row in rows]
+    tall = 0.15 + LINE * max(label.count("\n") + 1 for label in labels)
+    across = min(2, len(columns))
+    down = -(-len(columns) // across)
     with mpl.rc_context(STYLE):
-        n = len(table.columns)
-        figure = Figure(figsize=(6.4, 0.9 + n * (0.45 + 0.32 * len(trained))), layout="constrained")
-        panels = figure.subplots(n, 1, sharex=True, squeeze=False)[:, 0]
-        for axis, column in zip(panels, table.columns, strict=True):
-            for y, row in enumerate(trained):
+        figure = Figure(figsize=(WIDTH, 0.5 + down * (0.45 + tall * len(rows))), layout="constrained")
+        panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+        for axis, column in zip(panels, columns, strict=False):
+            _untrained(axis, table, column, axis.axvline, axis.axvspan)
+            for y, row in enumerate(rows):
                 if cell := row.cells.get(column):
-                    colour = COLOURS[y % len(COLOURS)]
-                    axis.errorbar(cell.value, y, xerr=cell.half, fmt="o", color=colour, capsize=3)
-                    axis.annotate(
-                        f"{cell.value:.1f}",
-                        (cell.value, y),
-                        (0, 5),
-                        textcoords="offset points",
-                        ha="center",
-                        fontsize=9,
-                    )
-            if base and (cell := base.cells.get(column)):
-                axis.axvline(cell.value, color="#777777", linestyle="--", linewidth=1.2)
-                axis.axvspan(cell.value - cell.half, cell.value + cell.half, color="#777777", alpha=0.15, linewidth=0)
-            axis.set_yticks(range(len(trained)), [row.label for row in trained])
-            axis.set_ylim(len(trained) - 0.4, -0.8)
-            axis.set_title(column, loc="left", fontsize=11, pad=3)
-        panels[-1].set_xlabel("top-1 accuracy, %   (dashed: untrained ViT; bars and band: 95 % interval)")
+                    axis.errorbar(cell.value, y, xerr=cell.half, fmt="o", color=_colour(y), capsize=3)
+                    axis.annotate(f"{cell.value:.1f}", (cell.value, y), (0, 4), textcoords="offset points",
+                                  ha="center", fontsize=8, bbox=BACKING, zorder=1.5)  # fmt: skip
+            axis.set_title(_plain(column))
+        panels[0].set_yticks(range(len(rows)), labels)
+        panels[0].set_ylim(len(rows) - 0.4, -0.8)
+        panels[0].margins(x=0.12)
+        for axis in panels[len(columns) :]:
+            axis.set_axis_off()
+        figure.supxlabel(f"top-1, %; bar and band: 95 % interval{DASHED * bool(table.base)}", fontsize=9)
     return figure
 
 
 def compute(table: Table) -> Figure | None:
-    """Accuracy against the FLOPs of pre-training, a line a protocol; None where no cost was measured."""
-    points = [row for row in table.rows if row.method != UNTRAINED and row.first.cost.flops]
-    if not points:
+    """A panel a protocol: accuracy against the cost of pre-training. None where no cost is known.
+
+    The cost is FLOPs if every method's were counted, else seconds: the two never share an axis.
+    """
+    rows = [row for row in table.trained if row.wall_s()]
+    if not rows:
         return None
+    columns = _measured(table, rows)
+    counted = all(row.flops() for row in rows)
+    costs = [(row.flops() if counted else row.wall_s()) or 1.0 for row in rows]
+    ticks = _ticks(costs)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axis = figure.subplots()
-        column = table.columns[0]
-        for i, row in enumerate(points):
-            if cell := row.cells.get(column):
-                x = (row.first.cost.flops or 0) / 1e12
-                axis.errorbar(x, cell.value, yerr=cell.half, fmt="o", capsize=3, color=COLOURS[i % len(COLOURS)])
-                axis.annotate(row.label, (x, cell.value), (8, 4), textcoords="offset points")
-        base = next((row.cells.get(column) for row in table.rows if row.method == UNTRAINED), None)
-        if base:
-            axis.axhline(base.value, color="#777777", linestyle="--", linewidth=1.2)
-            axis.annotate("untrained ViT", (0.99, base.value), (0, 4), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", ha="right", color="#555555", fontsize=9)  # fmt: skip
-        axis.set_xlim(0, 1.25 * max((row.first.cost.flops or 0) / 1e12 for row in points))
-        axis.margins(y=0.2)
-        axis.set_xlabel("TFLOP of pre-training")
-        axis.set_ylabel(f"{column}: top-1, %")
+        tall = 0.45 + max(0.9, LINE * sum(_label(row).count("\n") + 1 for row in rows))
+        figure = Figure(figsize=(WIDTH, 0.4 + len(columns) * tall), layout="constrained")
+        panels = figure.subplots(len(columns), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, column in zip(panels, columns, strict=True):
+            _untrained(axis, table, column, axis.axhline, axis.axhspan)
+            for i, (row, cost) in enumerate(zip(rows, costs, strict=True)):
+                if cell := row.cells.get(column):
+                    axis.errorbar(cost, cell.value, yerr=cell.half, fmt="o", capsize=3, color=_colour(i))
+            axis.margins(y=0.1)
+            axis.set_xscale("log")
+            axis.set_xlim(ticks[0], ticks[-1])
+            axis.set_xticks(ticks if len(ticks) <= 6 else [t for t in ticks if math.log10(t).is_integer()])
+            axis.xaxis.set_major_formatter(EngFormatter())
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_title(f"{_plain(column)}, %")
+        unit = "FLOP" if counted else "seconds"
+        figure.supxlabel(f"{unit} of pre-training{DASHED * bool(table.base)}", fontsize=9)
+        figure.draw_without_rendering()  # lays the panels out: their heights are known from here
+        for axis, column in zip(panels, columns, strict=True):
+            _name_points(axis, rows, costs, column)
     return figure
 
 
+def _name_points(axis: Axes, rows: list[Row], costs: list[float], column: str) -> None:
+    """Labels in the right margin, in the points' order, each tied to its point: near points stay legible."""
+    shown = [i for i, row in enumerate(rows) if column in row.cells]
+    shown.sort(key=lambda i: rows[i].cells[column].value)
+    values = [rows[i].cells[column].value for i in shown]
+    low, high = axis.get_ylim()
+    inches = axis.bbox.height / axis.figure.dpi
+    heights = [LINE / inches * (_label(rows[i]).count("\n") + 1) for i in shown]
+    centres = _spread([(v - low) / (high - low) for v in values], heights, -0.05, 1.05)
+    for i, value, y in zip(shown, values, centres, strict=True):
+        axis.annotate(_label(rows[i]), (costs[i], value), (1.04, y), xycoords="data", textcoords="axes fraction",
+                      va="center", fontsize=9, color="#222222", linespacing=0.95, zorder=1,
+                      arrowprops={"arrowstyle": "-", "color": _colour(i), "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4,
+                                  "relpos": (0, 0.5)})  # fmt: skip
+
+
+def _spread(wanted: list[float], heights: list[float], low: float, high: float) -> list[float]:
+    """Centres of labels that do not overlap, as near to `wanted` (ascending) as can be, within low..high if they fit.
+
+    With the labels below subtracted, not to overlap is not to descend: the nearest is an isotonic regression.
+    """
+    below = np.cumsum([0.0, *((a + b) / 2 for a, b in pairwise(heights))])
+    level = isotonic_regression(np.asarray(wanted) - below).x
+    level = np.clip(level, low + heights[0] / 2, high - heights[-1] / 2 - below[-1])
+    return [float(y) for y in level + below]
+
+
+def _measured(table: Table, rows: list[Row]) -> list[str]:
+    """The columns that have something to draw."""
+    return [c for c in table.columns if any(c in row.cells for row in rows)]
+
+
+def _untrained(axis: Axes, table: Table, column: str, line: Any, span: Any) -> None:
+    if table.base and (cell := table.base.cells.get(column)):
+        line(cell.value, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+        if cell.half:
+            span(cell.value - cell.half, cell.value + cell.half, color=GREY, alpha=0.15, linewidth=0, zorder=0)
+
+
+def _ticks(costs: list[float]) -> list[float]:
+    """1, 2 and 5 of each power of ten, from the last well below the costs to the first well above."""
+    steps = [m * 10.0**e for e in range(math.floor(math.log10(min(costs))) - 1, math.ceil(math.log10(max(costs))) + 2)
+             for m in (1, 2, 5)]  # fmt: skip
+    below = max(s for s in steps if s < 0.9 * min(costs))
+    above = min(s for s in steps if s > 1.1 * max(costs))
+    return [s for s in steps if below <= s <= above]
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _label(row: Row) -> str:
+    """The row's label in lines of at most 18 letters."""
+    return _plain("\n".join(textwrap.wrap(row.label, 18)))
+
+
+def _plain(text: str) -> str:
+    """A dollar sign is not the start of a formula."""
+    return text.replace("$", r"\$")
+
+
 def picture(figure: Figure, format: str) -> bytes:
-    """The figure as `svg` or `png`, without a date."""
+    """The figure as `svg` or `png`, without a date or anything else that differs from run to run."""
     buffer = io.BytesIO()
+    nothing = ("Date", "Creator", "Format", "Type") if format == "svg" else ("Software",)
     with mpl.rc_context(STYLE):
-        metadata = {"Date": None} if format == "svg" else {"Software": None}
-        figure.savefig(buffer, format=format, dpi=160, metadata=metadata)
+        figure.savefig(buffer, format=format, dpi=160, metadata=dict.fromkeys(nothing))
     return buffer.getvalue()

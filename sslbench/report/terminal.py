@@ -1,0 +1,60 @@
+"""A paper's table in the terminal, whatever its width."""
+
+from __future__ import annotations
+
+import textwrap
+
+from rich.console import Console, JustifyMethod
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from .tables import PaperTable
+
+GAP = 2
+WIDE = 24  # a cell up to this is kept on one line; `74.2 [1] | 73.9 ± 0.2 (800 ep)` is longer
+
+
+def show(t: PaperTable, console: Console) -> None:
+    """Prints the table in as many blocks of columns as the width asks for, then its notes."""
+    console.print(f"{t.name}: {t.common}\n" if t.common else f"{t.name}\n", markup=False)
+    for block, widths in _blocks(t, console.width):
+        table = RichTable(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+        for i, width in zip(block, widths, strict=True):
+            side: JustifyMethod = "left" if i < t.keys else "right"
+            table.add_column(escape(t.header[i]), justify=side, width=width, overflow="fold")
+        for row in t.rows:
+            table.add_row(*(escape(row[i]) for i in block))
+        console.print(table, soft_wrap=False)
+        console.print()
+    for note in t.notes:
+        console.print(textwrap.fill(note, console.width, subsequent_indent="    "), markup=False)
+
+
+def _blocks(t: PaperTable, width: int) -> list[tuple[list[int], list[int]]]:
+    """(columns, their widths) of each block. Every block has the key columns, and as many others as fit `width`."""
+    least, most = zip(*(_extremes(t, i) for i in range(len(t.header))), strict=True)
+    blocks: list[list[int]] = []
+    for i in range(t.keys, len(t.header)):
+        if not blocks or sum(least[j] + GAP for j in [*blocks[-1], i]) - GAP > width:
+            blocks.append(list(range(t.keys)))
+        blocks[-1].append(i)
+    return [(block, _shared([least[i] for i in block], [most[i] for i in block], width)) for block in blocks]
+
+
+def _extremes(t: PaperTable, i: int) -> tuple[int, int]:
+    """The least width of a column, which breaks no word and no short number, and the most that it can use."""
+    cells = [row[i] for row in t.rows]
+    words = [len(word) for text in (t.header[i], *cells) for word in text.split()]
+    whole = [min(len(cell), WIDE) for cell in cells] if i >= t.keys else []
+    return max([1, *words, *whole]), max(len(text) for text in (t.header[i], *cells))
+
+
+def _shared(least: list[int], most: list[int], width: int) -> list[int]:
+    """Widths between least and most: the widest column gives way first, until all fit or none can."""
+    widths = list(most)
+    while sum(widths) + GAP * (len(widths) - 1) > width:
+        slack = [(w, i) for i, w in enumerate(widths) if w > least[i]]
+        if not slack:
+            break
+        widths[max(slack)[1]] -= 1
+    return widths
