@@ -288,14 +288,16 @@ def test_two_processes_train_as_the_recipe_says(run_sslbench, tmp_path):
     assert run["hardware"]["devices"] == 2 and run["cost"]["images_seen"] == 15 * 256
 
 
-def test_bf16_on_a_cpu_follows_float32(run_sslbench, tmp_path):
+@pytest.mark.parametrize(("name", "epochs", "batch"), [("ocl", 0.2, 128), ("macrl", 0.04, 32)])
+def test_bf16_on_a_cpu_follows_float32(name, epochs, batch, invoke, tmp_path):
     def losses(precision):
-        done = run_sslbench("pretrain", "ocl", *SMOKE, "--precision", precision, "--batch-size", "128", "--set",
-                            "machine.log_every=1", "--out", precision, home=tmp_path)  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        done = invoke("pretrain", name, "--recipe", f"{name}_smoke", "--precision", precision, "--batch-size", batch,
+                      "--epochs", epochs, "--set", "machine.log_every=1", "--out", precision)  # fmt: skip
+        assert done.exit_code == 0, (done.stderr, done.exception)
         lines = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        assert "grad_norm_nce" in lines[-1]
         return [json.loads(line)["loss"] for line in lines]
 
     a, b = losses("32"), losses("bf16")
-    assert len(a) == 31 and a != b
+    assert len(a) == round(4000 // batch * epochs) and a != b
     assert all(abs(x - y) < 0.05 * x for x, y in zip(a, b, strict=True))

@@ -32,10 +32,10 @@ def term_gradients(losses: dict[str, Tensor], encoder: VisionTransformer, fabric
     terms = {k: v for k, v in losses.items() if k != "loss" and v.requires_grad}
     scaler: Any = getattr(fabric.strategy.precision, "scaler", None)
     scale = scaler.get_scale() if scaler is not None else 1.0  # fp16: without it small gradients are lost
-    weights = torch.autograd.grad(losses["loss"], list(terms.values()), retain_graph=True)
     parameters = [p for p in encoder.parameters() if p.requires_grad]
     vectors = {}
-    for (name, term), weight in zip(terms.items(), weights, strict=True):
+    for name, term in terms.items():
+        weight = torch.autograd.grad(losses["loss"], term, retain_graph=True)[0]
         found = torch.autograd.grad(term, parameters, weight * scale, retain_graph=True, allow_unused=True)
         flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
         vector = torch.cat(flat).float() / scale

@@ -8,6 +8,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,16 @@ class TrainStep(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, generator: torch.Generator, look: Callable[[dict[str, Tensor]], None] | None = None
+    ) -> dict[str, Tensor]:
+        """`look` is shown the losses with their graph; what goes out of here may only be given to fabric.backward."""
         with torch.no_grad():
             views = self.method.build_views(images, generator)
-        return self.method.loss(self.method(views))
+        losses = self.method.loss(self.method(views))
+        if look:
+            look(losses)
+        return losses
 
 
 def resolve_precision(machine: Machine, device: str) -> str:
@@ -175,6 +182,11 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     running, watch = Running(), Stopwatch()
     metrics = Metrics(run.folder, first, machine.tensorboard) if fabric.is_global_zero else None
     meters = CollapseMeters(data, method, fabric.device, batch.total) if fabric.is_global_zero else None
+    seen: dict[str, float] = {}
+
+    def look_at_terms(losses: dict[str, Tensor]) -> None:
+        seen.update(term_gradients(losses, method.encoder, fabric))
+
     micro_batches = loader(first, total)
     with progress_bar(console, progress) as bar:
         task = bar.add_task(run.label, total=total, completed=first, note="")
@@ -185,15 +197,13 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             for group in optimizer.param_groups:
                 group["lr"] = lr
             look = (step + 1) % machine.meters_every == 0 or step + 1 == total
-            seen: dict[str, float] = {}
+            seen.clear()
             for a in range(batch.accumulation):
                 images = next(micro_batches)
                 index = a * batch.world + fabric.global_rank
                 generator.manual_seed(seed_of("views", science.seed, step, index))
                 with fabric.no_backward_sync(model, enabled=a < batch.accumulation - 1):
-                    losses = model(images, generator)
-                    if look and a == 0:
-                        seen = term_gradients(losses, method.encoder, fabric)
+                    losses = model(images, generator, look_at_terms if look and a == 0 else None)
                     fabric.backward(losses["loss"] / batch.accumulation)
             if scaler is not None or science.optim.clip_grad:
                 limit = science.optim.clip_grad or math.inf
@@ -218,11 +228,11 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                     f"the weights did not move. Try a lower science.optim.lr, a longer warm-up, or precision 32"
                 )
             if look and meters:
-                seen |= meters.read(method, fabric)
+                seen.update(meters.read(method, fabric))
             if log:
                 means = running.means()
                 speed = watch.read(loader.wait_s)
-                seen = {"epoch": run.steps / per_epoch, "lr": lr, **means, **speed, **seen}
+                seen.update({"epoch": run.steps / per_epoch, "lr": lr, **means, **speed})
                 note = f"loss {means['loss']:.3f} {speed['images_per_s']:.0f} img/s wait {speed['data_wait']:.0%}"
                 bar.update(task, note=note)
             if metrics and seen:
