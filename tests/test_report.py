@@ -94,7 +94,7 @@ def test_two_protocol_hashes_never_share_a_column_nor_two_recipes_a_row(home):
 
 def test_rows_of_one_method_are_told_apart_by_no_more_than_it_takes(home):
     longer = {"pretrain": pretrain(epochs=20.5, recipe_hash="b")}
-    official = {"pretrain": pretrain(recipe_hash="c"), "preset": "official"}
+    official = {"pretrain": pretrain(recipe_hash="c"), "preset": "official+tau_max=50.0"}
     (table,) = tables(records(fields(40), fields(41, **longer), fields(42, **official), fields(43, "mae")))
     assert [row.label for row in table.rows] == ["mae", "ocl (official)", "ocl, 10 ep", "ocl, 20.5 ep"]
 

@@ -64,9 +64,7 @@ def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subj
     if kind == "untrained" and colon:
         arch, at, pixels = name.partition("@")
         if at and not pixels.isdecimal():
-            raise UserError(
-                f"'{run}': expected untrained:ARCH[@PIXELS], such as untrained:vit_mini4@24"
-            )
+            raise UserError(f"'{run}': expected untrained:ARCH[@PIXELS], such as untrained:vit_mini4@24")
         return _untrained(arch, seed, int(pixels) if at else image_size)
     if colon and not Path(run).exists():
         raise UserError(f"'{run}': give a run folder, a weights file, or untrained:ARCH")

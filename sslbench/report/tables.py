@@ -162,6 +162,7 @@ def _row_label(key: RowKey, keys: Iterable[RowKey]) -> str:
 def _named(key: RowKey) -> list[str]:
     """From short to exact."""
     trained, method, epochs, preset, recipe = key
+    preset = preset.partition("+")[0]  # what a recipe sets otherwise is too long to name a row by
     label = "untrained ViT" if not trained else method if preset in ("", "paper") else f"{method} ({preset})"
     longer = f"{label}, {epochs:.4g} ep" if epochs else label
     return [label, longer, f"{longer} [{recipe[:6]}]"]

@@ -25,11 +25,11 @@ IMAGES = 256  # that the collapse meters look at
 def term_gradients(losses: dict[str, Tensor], encoder: VisionTransformer, fabric: Fabric) -> dict[str, float]:
     """Of each loss term, as weighted in the total, the norm of its gradient on the encoder; of each pair, the cosine.
 
-    The terms are the entries of `losses` but "loss" that need grad. One backward pass a term over the graph of this
+    The terms are the entries of `losses` but "loss" that need grad; without any, it is the only one. One backward pass a term over the graph of this
     step, which stays: {"grad_norm_recon": ..., "grad_norm_nce": ..., "grad_cos_recon_nce": ...}. Cosine 1: they agree;
     below 0: they fight. Averaged over devices before norms are taken; of the first micro-batch of a step.
     """
-    terms = {k: v for k, v in losses.items() if k != "loss" and v.requires_grad}
+    terms = {k: v for k, v in losses.items() if k != "loss" and v.requires_grad} or {"loss": losses["loss"]}
     scaler: Any = getattr(fabric.strategy.precision, "scaler", None)
     scale = scaler.get_scale() if scaler is not None else 1.0  # fp16: without it small gradients are lost
     parameters = [p for p in encoder.parameters() if p.requires_grad]
