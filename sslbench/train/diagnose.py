@@ -25,9 +25,10 @@ IMAGES = 256  # that the collapse meters look at
 def term_gradients(losses: dict[str, Tensor], encoder: VisionTransformer, fabric: Fabric) -> dict[str, float]:
     """Of each loss term, as weighted in the total, the norm of its gradient on the encoder; of each pair, the cosine.
 
-    The terms are the entries of `losses` but "loss" that need grad; without any, it is the only one. One backward pass a term over the graph of this
-    step, which stays: {"grad_norm_recon": ..., "grad_norm_nce": ..., "grad_cos_recon_nce": ...}. Cosine 1: they agree;
-    below 0: they fight. Averaged over devices before norms are taken; of the first micro-batch of a step.
+    The terms are the entries of `losses` but "loss" that need grad; without any, "loss" is the only one. One backward
+    pass a term over the graph of this step, which stays: {"grad_norm_recon": ..., "grad_norm_nce": ...,
+    "grad_cos_recon_nce": ...}. Cosine 1: they agree; below 0: they fight. Averaged over devices before norms are taken;
+    of the first micro-batch of a step.
     """
     terms = {k: v for k, v in losses.items() if k != "loss" and v.requires_grad} or {"loss": losses["loss"]}
     scaler: Any = getattr(fabric.strategy.precision, "scaler", None)
