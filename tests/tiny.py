@@ -38,6 +38,8 @@ def generator(seed=0):
 def step(method, seed=0, n=8):
     with torch.no_grad():
         views = method.build_views(images(n), generator(seed))
+    dtype = method.encoder.cls_token.dtype
+    views = {k: v.to(dtype) if v.is_floating_point() else v for k, v in views.items()}
     return method.loss(method(views))
 
 
