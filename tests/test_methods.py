@@ -151,7 +151,7 @@ def test_ten_steps_repeat_the_committed_losses(name):
 
 
 def golden_losses(name):
-    """Ten steps of a tiny ViT on 32 real images, full digits; float64, for float32 drifts with the number of threads."""
+    """Ten steps of a tiny ViT on 32 real images; in float64, for float32 drifts with the number of threads."""
     method = make(name).double()
     return train(method, adamw(method, Optim(lr=1e-3)), range(10), 32)
 
