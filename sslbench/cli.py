@@ -127,16 +127,25 @@ def pretrain(
 
 
 def _evaluate(
-    kind: str, run: str | None, data: str | None, recipe: str | None, sets: Sets, seed: int, as_json: bool
+    kind: str,
+    run: str | None,
+    data: str | None,
+    recipe: str | None,
+    sets: Sets,
+    seed: int | None,
+    seeds: int,
+    as_json: bool,
 ) -> None:
     from .evaluate.run import eval_recipe, evaluate_named
 
-    answer(as_json, evaluate_named(eval_recipe(kind, recipe, sets or []), run, data, seed, console(as_json)))
+    answer(as_json, evaluate_named(eval_recipe(kind, recipe, sets or []), run, data, seed, seeds, console(as_json)))
 
 
 EvalData = Annotated[str | None, typer.Option("--data", help="Labelled data; the run's own if left out.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="Name or path of an eval recipe.")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
+EvalSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Of the evaluation; the run's own if left out.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Evaluate with so many seeds; mean and interval.")]
 
 
 @eval_app.command("knn")
@@ -145,11 +154,12 @@ def eval_knn(
     data: EvalData = None,
     recipe: RecipeName = None,
     sets: Sets = None,
-    seed: Seed = 0,
+    seed: EvalSeed = None,
+    seeds: Seeds = 1,
     as_json: Json = False,
 ) -> None:
     """Weighted k-nearest neighbours on frozen features."""
-    _evaluate("knn", run, data, recipe, sets, seed, as_json)
+    _evaluate("knn", run, data, recipe, sets, seed, seeds, as_json)
 
 
 @eval_app.command("linprobe")
@@ -158,11 +168,40 @@ def eval_linprobe(
     data: EvalData = None,
     recipe: RecipeName = None,
     sets: Sets = None,
-    seed: Seed = 0,
+    seed: EvalSeed = None,
+    seeds: Seeds = 1,
     as_json: Json = False,
 ) -> None:
     """A linear classifier on frozen features."""
-    _evaluate("linprobe", run, data, recipe, sets, seed, as_json)
+    _evaluate("linprobe", run, data, recipe, sets, seed, seeds, as_json)
+
+
+@eval_app.command("finetune")
+def eval_finetune(
+    run: Run = None,
+    data: EvalData = None,
+    recipe: RecipeName = None,
+    sets: Sets = None,
+    seed: EvalSeed = None,
+    seeds: Seeds = 1,
+    as_json: Json = False,
+) -> None:
+    """Train all weights with labels. The same command again resumes an unfinished one."""
+    _evaluate("finetune", run, data, recipe, sets, seed, seeds, as_json)
+
+
+@eval_app.command("robustness")
+def eval_robustness(
+    run: Run = None,
+    data: EvalData = None,
+    recipe: RecipeName = None,
+    sets: Sets = None,
+    seed: EvalSeed = None,
+    seeds: Seeds = 1,
+    as_json: Json = False,
+) -> None:
+    """A fine-tuned model on images from elsewhere: ImageNet-A, -R, -Sketch, a folder a class."""
+    _evaluate("robustness", run, data, recipe, sets, seed, seeds, as_json)
 
 
 @app.command()

@@ -153,14 +153,26 @@ class Batch(BaseModel):
                     f"recipe says {compared} of them; a smaller pass would be another loss. Leave micro_batch out, or "
                     f"set science.contrastive_batch={m.micro_batch} (a different number)"
                 )
-        accumulation = s.batch_size // (micro * world) if micro else 0
-        if not micro or micro * world * accumulation != s.batch_size:
+        return cls._exact(
+            s.batch_size, micro, world, compared, "science.contrastive_batch" if couples else "machine.micro_batch"
+        )
+
+    @classmethod
+    def divide(cls, total: int, machine: Machine) -> Batch:
+        """For what looks at each image alone."""
+        world = machine.devices * machine.nodes
+        micro = machine.micro_batch or total // world
+        return cls._exact(total, micro, world, total, "machine.micro_batch")
+
+    @classmethod
+    def _exact(cls, total: int, micro: int, world: int, compared: int, key: str) -> Batch:
+        accumulation = total // (micro * world) if micro else 0
+        if not micro or micro * world * accumulation != total:
             raise UserError(
-                f"a batch of {s.batch_size} does not divide into {micro or compared} per device x {world} device(s) x "
-                f"a whole number of accumulation steps; change science.batch_size, machine.devices or "
-                f"{'science.contrastive_batch' if couples else 'machine.micro_batch'}"
+                f"a batch of {total} does not divide into {micro or compared} per device x {world} device(s) x "
+                f"a whole number of accumulation steps; change science.batch_size, machine.devices or {key}"
             )
-        return cls(total=s.batch_size, micro=micro, world=world, accumulation=accumulation)
+        return cls(total=total, micro=micro, world=world, accumulation=accumulation)
 
 
 # ----------------------------------------------------------------------------------------------- reading and composing

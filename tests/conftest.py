@@ -21,6 +21,12 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)):  # threads th
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the commands that tests start
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first (with --no-loadscope-reorder): the last worker to end is then not minutes behind."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def environment():
     """environment(home): what a command sees, its output under `home`, no data sets of the developer's."""

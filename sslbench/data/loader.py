@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +52,13 @@ class MicroBatches:
         image_size: int,
         crop_scale: tuple[float, float],
         workers: int,
+        distort: Callable[[Image.Image], Image.Image] | None = None,
+        labelled: bool = False,
     ) -> None:
+        """distort: what to do to each crop while it is a PIL image, with draws from `random` and `numpy.random`.
+        labelled: yield (images, labels) instead of images."""
         self.data, self.seed, self.device, self.rank = data, seed, device, rank
+        self.distort, self.labelled = distort, labelled
         self.micro, self.world, self.accumulation = micro, world, accumulation
         self.steps_per_epoch = len(data) // (micro * world * accumulation)
         self.crop = (crops, image_size, crop_scale)
@@ -58,9 +66,11 @@ class MicroBatches:
         self.corrupt: set[int] = set()  # indices of files that could not be read
         self.wait_s = 0.0  # host time spent waiting for data
         self.order_device = torch.device("cpu")
-        if isinstance(data, MemoryImages):
+        self.resident: Tensor | None = None
+        if isinstance(data, MemoryImages) and distort is None:
             # The order too: a copy of indices in every step would wait for the device.
             self.resident, self.order_device = data.images.to(device), device
+            self.labels = None if data.labels is None else data.labels.to(device)
 
     def indices(self, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
         """(epoch, indices) of each micro-batch of steps first .. last - 1."""
@@ -74,13 +84,14 @@ class MicroBatches:
                 start = begin + (a * self.world + self.rank) * self.micro
                 yield epoch, order[start : start + self.micro]
 
-    def __call__(self, first: int, last: int) -> Iterator[Tensor]:
-        if isinstance(self.data, MemoryImages):
+    def __call__(self, first: int, last: int) -> Iterator[Any]:
+        if self.resident is not None:
             for _, index in self.indices(first, last):
-                yield self.resident[index]
+                images = self.resident[index]
+                yield (images, self.labels[index]) if self.labelled and self.labels is not None else images
             return
         loader = DataLoader(
-            _Decoded(self.data, self.seed, *self.crop),
+            _Decoded(self.data, self.seed, *self.crop, self.distort),
             batch_sampler=_Keys(self, first, last),
             num_workers=self.workers,
             collate_fn=_collate,
@@ -91,10 +102,11 @@ class MicroBatches:
         batches = iter(loader)
         for _ in range((last - first) * self.accumulation):
             begin = time.perf_counter()
-            images, corrupt = next(batches)
+            images, labels, corrupt = next(batches)
             self.wait_s += time.perf_counter() - begin
             self._count(corrupt)
-            yield images.to(self.device, non_blocking=True)
+            images = images.to(self.device, non_blocking=True)
+            yield (images, labels.to(self.device, non_blocking=True)) if self.labelled else images
 
     def _count(self, corrupt: list[int]) -> None:
         self.corrupt.update(corrupt)
@@ -117,32 +129,58 @@ class _Keys:
             yield [(epoch, i) for i in index.tolist()]
 
 
-class _Decoded(Dataset[tuple[Tensor, list[int]]]):
-    """(epoch, index) -> crops uint8 (V, 3, S, S), cut in the worker, their boxes a function of (seed, epoch, index)."""
+class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
+    """(epoch, index) -> crops uint8 (V, 3, S, S), cut in the worker, their boxes a function of (seed, epoch, index);
+    the label, -1 where there is none; the indices that could not be read."""
 
-    def __init__(self, data: ImageSet, seed: int, crops: int, size: int, scale: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        data: ImageSet,
+        seed: int,
+        crops: int,
+        size: int,
+        scale: tuple[float, float],
+        distort: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> None:
         self.data, self.seed, self.crops, self.size, self.scale = data, seed, crops, size, scale
+        self.distort = distort
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, list[int]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[int]]:
         epoch, index = key
-        image, corrupt = _readable(self.data, index)
+        image, found, corrupt = _readable(self.data, index)
         generator = torch.Generator().manual_seed(seed_of("crop", self.seed, epoch, index))
         boxes = torch.stack(crop_boxes(self.crops, (image.height, image.width), self.scale, generator), 1).long()
+        side = (self.size, self.size)
         views = [
-            to_tensor(
-                image.crop((left, top, left + w, top + h)).resize((self.size, self.size), Image.Resampling.BICUBIC)
-            )
+            image.crop((left, top, left + w, top + h)).resize(side, Image.Resampling.BICUBIC)
             for top, left, h, w in boxes.tolist()
         ]
-        return torch.stack(views), corrupt
+        if self.distort:
+            with host_seed(seed_of("distort", self.seed, epoch, index)):
+                views = [self.distort(view) for view in views]
+        label = -1 if self.data.labels is None else int(self.data.labels[found])
+        return torch.stack([to_tensor(view) for view in views]), label, corrupt
 
 
-def _readable(data: ImageSet, index: int) -> tuple[Image.Image, list[int]]:
-    """The image at `index`, or at the next index that can be read, and the indices that could not."""
+@contextlib.contextmanager
+def host_seed(seed: int) -> Iterator[None]:
+    """`random` and `numpy.random`, which timm's augmentations draw from, seeded within, and as before after it."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+def _readable(data: ImageSet, index: int) -> tuple[Image.Image, int, list[int]]:
+    """The image at `index`, or at the next index that can be read; that index; and those that could not."""
     corrupt: list[int] = []
     for i in range(index, index + len(data)):
         try:
-            return data.read(i % len(data)), corrupt
+            return data.read(i % len(data)), i % len(data), corrupt
         except OSError:
             corrupt.append(i % len(data))
     raise RunFailed(f"no image of {data.name} can be read")
@@ -152,11 +190,12 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _collate(items: list[tuple[Tensor, list[int]]]) -> tuple[Tensor, list[int]]:
-    return torch.stack([x for x, _ in items]), [i for _, bad in items for i in bad]
+def _collate(items: list[tuple[Tensor, int, list[int]]]) -> tuple[Tensor, Tensor, list[int]]:
+    images, labels, corrupt = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels), [i for bad in corrupt for i in bad]
 
 
-class _Centred(Dataset[tuple[Tensor, list[int]]]):
+class _Centred(Dataset[tuple[Tensor, int, list[int]]]):
     """index -> the evaluation view, uint8 (3, S, S): short side to S / 0.875, centre crop, as MAE evaluates."""
 
     def __init__(self, data: ImageSet, size: int) -> None:
@@ -165,11 +204,11 @@ class _Centred(Dataset[tuple[Tensor, list[int]]]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[int]]:
-        image, corrupt = _readable(self.data, index)
+    def __getitem__(self, index: int) -> tuple[Tensor, int, list[int]]:
+        image, found, corrupt = _readable(self.data, index)
         (h, w), (top, left) = centre_window((image.height, image.width), self.size)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
-        return to_tensor(image.crop((left, top, left + self.size, top + self.size))), corrupt
+        return to_tensor(image.crop((left, top, left + self.size, top + self.size))), found, corrupt
 
 
 def evaluation_sample(data: ImageSet, n: int, size: int) -> Tensor:
@@ -192,7 +231,7 @@ def evaluation_batches(data: ImageSet, size: int, batch: int, device: torch.devi
         _Centred(data, size), batch, num_workers=workers, collate_fn=_collate, multiprocessing_context=context
     )
     corrupt: set[int] = set()
-    for images, bad in loader:
+    for images, _, bad in loader:
         corrupt.update(bad)
         if len(corrupt) > CORRUPT_LIMIT * len(data):
             raise RunFailed(

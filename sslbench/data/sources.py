@@ -156,6 +156,14 @@ def open_split(spec: str, split: str) -> ImageSet:
     raise UserError(f"data '{spec}': unknown kind '{kind}'{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
 
 
+def open_test(spec: str) -> ImageSet:
+    """The val split of a SPEC, or all of a folder that has class folders and no splits."""
+    kind, _, where = spec.partition(":")
+    if kind == "folder" and where:
+        return _folder(kind, Path(where).expanduser(), "val", whole=True)
+    return open_split(spec, "val")
+
+
 def known_size(spec: str) -> int | None:
     """Training images of a set that need not be on this machine; None where only a look can tell."""
     sizes = [SIZES.get(part.partition(":")[0]) for part in spec.split("+")]
@@ -232,11 +240,16 @@ def _npz(path: Path, split: str) -> MemoryImages:
     )
 
 
-def _folder(kind: str, path: Path, split: str) -> FolderImages:
-    """ImageFolder: PATH/train and PATH/val, each with a folder a class. Without class folders: no labels."""
+def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderImages:
+    """ImageFolder: PATH/train and PATH/val, each with a folder a class. Without class folders: no labels.
+
+    whole: PATH itself is the val split where it has none, as ImageNet-A comes.
+    """
     if not path.is_dir():
         raise UserError(f"data '{kind}:{path}': no such folder. {HINT}")
     root = next((path / word for word in SPLITS[split] if (path / word).is_dir()), None)
+    if root is None and split == "val" and whole:
+        root = path
     if root is None:
         raise UserError(
             f"data '{kind}:{path}': no {split} split; expected {path}/{SPLITS[split][0]}/CLASS/IMAGE, "

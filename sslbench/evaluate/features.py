@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +41,51 @@ class Subject:
     batch: int | None = None
     method: str = "untrained"
     data: str | None = None  # the SPEC it was pre-trained on
+    name: str = ""  # as it was asked for
+
+    def facts(self) -> dict[str, Any]:
+        """What a ledger record says of where the encoder comes from, plain data."""
+        run, spent = self.run, self.run.get("cost", {})
+        return {
+            "method": self.method,
+            "preset": run.get("preset"),
+            "arch": self.arch,
+            "pretrain": {
+                "recipe_hash": run.get("recipe_hash"),
+                "run": self.path.parent.name if self.path else None,
+                "data": run.get("data"),
+                "epochs": self.epochs,
+                "images_seen": spent.get("images_seen"),
+                "batch": self.batch,
+            },
+            "sha256": self.sha256,
+            "seed": run.get("seed"),
+            "cost": {k: spent.get(k) for k in ("wall_s", "device_hours", "flops", "peak_memory_gib")},
+        }
 
 
-def newest_run(root: Path | None = None) -> Path:
-    """The pre-training run that finished last."""
+def newest_run(root: Path | None = None, kind: str = "pretrain") -> Path:
+    """The run of that kind, `pretrain` or `finetune`, that finished last."""
     finished = []
     for path in (root or home() / "runs").glob("*/run.json"):
         run = read_run(path.parent)
-        if run.get("status") == "finished" and (path.parent / "weights.safetensors").is_file():
+        known = run.get("status") == "finished" and run.get("kind", "pretrain") == kind
+        if known and (path.parent / "weights.safetensors").is_file():
             finished.append((run["updated"], path.parent))
     if not finished:
+        word, maker = {
+            "pretrain": ("pre-training", "sslbench pretrain ocl --data builtin"),
+            "finetune": ("fine-tuning", "sslbench eval finetune"),
+        }[kind]
         raise UserError(
-            f"no finished pre-training run under {root or home() / 'runs'}; `sslbench pretrain ocl --data builtin` "
-            f"makes one, or name a run folder or a weights file"
+            f"no finished {word} run under {root or home() / 'runs'}; `{maker}` makes one, or name a run folder "
+            f"or a weights file"
         )
     return max(finished)[1]
 
 
-def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subject:
-    """RUN -> the encoder to evaluate: a run folder, a weights file, or `untrained:ARCH[@PIXELS]` (random, by seed)."""
-    kind, colon, name = run.partition(":")
-    if kind == "untrained" and colon:
-        arch, at, pixels = name.partition("@")
-        if at and not pixels.isdecimal():
-            raise UserError(f"'{run}': expected untrained:ARCH[@PIXELS], such as untrained:vit_mini4@24")
-        return _untrained(arch, seed, int(pixels) if at else image_size)
-    if colon and not Path(run).exists():
-        raise UserError(f"'{run}': give a run folder, a weights file, or untrained:ARCH")
+def find_weights(run: str, kind: str = "pretrain") -> tuple[Path, dict[str, Any]]:
+    """RUN, a folder, its name under `runs/`, or a weights file -> (weights file, run.json or {})."""
     path = Path(run)
     if not path.exists() and (home() / "runs" / run).is_dir():
         path = home() / "runs" / run
@@ -77,10 +95,30 @@ def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subj
         if info.get("status") != "finished":
             state = info.get("status", "no run")
             raise UserError(f"{path} holds no finished run ({state}); finish it with the command that started it")
+        if info.get("kind", "pretrain") != kind:
+            raise UserError(
+                f"{path} is of a fine-tuning; give the pre-trained encoder, or use `sslbench eval robustness`"
+                if kind == "pretrain"
+                else f"{path} is a pre-trained encoder without a head; `sslbench eval finetune {run}` gives it one"
+            )
         path = path / "weights.safetensors"
     if not path.is_file():
         raise UserError(f"no run folder and no weights file at {run}; `sslbench list runs` shows what there is")
-    return _from_file(path, info)
+    return path, info
+
+
+def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subject:
+    """RUN -> the encoder to evaluate: a run folder, a weights file, or `untrained:ARCH[@PIXELS]` (random, by seed)."""
+    kind, colon, name = run.partition(":")
+    if kind == "untrained" and colon:
+        arch, at, pixels = name.partition("@")
+        if at and not pixels.isdecimal():
+            raise UserError(f"'{run}': expected untrained:ARCH[@PIXELS], such as untrained:vit_mini4@24")
+        return replace(_untrained(arch, seed, int(pixels) if at else image_size), name=run)
+    if colon and not Path(run).exists():
+        raise UserError(f"'{run}': give a run folder, a weights file, or untrained:ARCH")
+    path, info = find_weights(run)
+    return replace(_from_file(path, info), name=path.stem)
 
 
 def _untrained(arch: str, seed: int, image_size: int | None) -> Subject:

@@ -10,11 +10,16 @@ from pydantic import Field
 from rich.console import Console
 
 from .. import provenance
-from ..data import ImageSet
+from ..data import ImageSet, open_test
 from ..errors import UserError
 from ..ledger import Record, Scale, accuracy_stderr, append
-from ..recipe import Strict, data_name, digest, find_recipe, merge, parse_sets, read_tree, validate
-from .features import Subject, both_splits, extract, newest_run, open_subject
+from ..paths import home
+from ..recipe import Machine, Strict, data_name, digest, find_recipe, merge, parse_sets, read_tree, validate
+from ..stats import mean_interval
+from ..train.loop import fit, read_run
+from ..train.state import sha256_file, write_json
+from .features import both_splits, extract, find_weights, newest_run, open_subject
+from .finetune import Finetune, FinetuneJob, load_classifier, predict
 from .knn import knn_top1
 from .linprobe import linear_top1
 
@@ -37,14 +42,15 @@ class Linprobe(Strict):
     pool: Literal["cls", "mean", "mean_all"] | None = None
 
 
-class EvalMachine(Strict):
-    workers: int = Field(4, ge=0)
+class Robustness(Strict):
+    protocol: Literal["robustness"]
+    restrict: bool = True  # the answer is among the classes that the set has, as ImageNet-A and -R are scored
 
 
 class EvalRecipe(Strict):
     name: str
-    science: Knn | Linprobe = Field(discriminator="protocol")
-    machine: EvalMachine = EvalMachine()
+    science: Knn | Linprobe | Finetune | Robustness = Field(discriminator="protocol")
+    machine: Machine = Machine()
 
 
 def eval_recipe(kind: str, name: str | None = None, sets: list[str] | None = None) -> EvalRecipe:
@@ -58,41 +64,66 @@ def eval_recipe(kind: str, name: str | None = None, sets: list[str] | None = Non
 
 
 def evaluate_named(
-    recipe: EvalRecipe, run: str | None, data: str | None, seed: int, console: Console
+    recipe: EvalRecipe, run: str | None, data: str | None, seed: int | None, seeds: int, console: Console
 ) -> dict[str, Any]:
     """`sslbench eval`: the newest run where none is named, the run's own data where none is given."""
+    protocol = recipe.science.protocol
     if run is None:
-        run = str(newest_run())
+        run = str(newest_run(kind="finetune" if protocol == "robustness" else "pretrain"))
         console.print(f"the newest finished run: {run}")
-    records = evaluate(recipe, run, data, seed)
-    for r in records:
-        console.print(f"{r.metric:16} {r.value:6.2f} +- {r.stderr:.2f} %  {r.dataset}, n={r.n}, {r.protocol.name}")
-    return records[0].model_dump(mode="json")
+    if seeds > 1 and protocol in ("knn", "robustness") and not run.startswith("untrained:"):
+        raise UserError(f"--seeds {seeds}: {protocol} draws nothing, so every seed would give the same number")
+    first, main = seed or 0, []
+    for s in range(first, first + seeds):
+        records = evaluate(recipe, run, data, s if seeds > 1 else seed, console=console)
+        main.append(records[0])
+        for r in records:
+            what = f"{r.dataset}, n={r.n}, {r.protocol.name}" + (f", seed {r.seed}" if seeds > 1 else "")
+            console.print(f"{r.metric:16} {r.value:6.2f} +- {r.stderr:.2f} %  {what}")
+    answer = main[0].model_dump(mode="json")
+    if seeds > 1:
+        values = [r.value for r in main]
+        mean, half = mean_interval(values)
+        console.print(f"{'mean':16} {mean:6.2f} +- {half:.2f} %  95 % interval over {seeds} seeds (Student t)")
+        answer |= {"value": mean, "half_width": half, "values": values, "seeds": [r.seed for r in main]}
+    return answer
 
 
 def evaluate(
-    recipe: EvalRecipe, run: str, data: str | None = None, seed: int = 0, image_size: int | None = None
+    recipe: EvalRecipe,
+    run: str,
+    data: str | None = None,
+    seed: int | None = None,
+    image_size: int | None = None,
+    console: Console | None = None,
 ) -> list[Record]:
-    """Run the protocol and append its numbers; the main one comes first."""
+    """Run the protocol and append its numbers; the main one comes first. seed None: the run's own, or 0."""
+    if isinstance(recipe.science, Finetune):
+        return [_finetune(recipe, run, data, seed, console or Console(quiet=True))]
+    if isinstance(recipe.science, Robustness):
+        return [_robustness(recipe, recipe.science, run, data)]
     began = time.perf_counter()
-    subject = open_subject(run, seed, image_size)
+    subject = open_subject(run, seed or 0, image_size)
     data = data or subject.data
     if data is None:
         raise UserError(f"'{run}' does not say what data it was trained on; give --data SPEC")
     train, val = both_splits(data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     pool = recipe.science.pool or subject.pool
     features = {d.split: extract(subject, d, device, recipe.machine.workers)[pool] for d in (train, val)}
     assert train.labels is not None and val.labels is not None
     arrays = features["train"], train.labels, features["val"], val.labels
     s = recipe.science
+    own = subject.run.get("seed", seed or 0)
     if isinstance(s, Knn):
+        seed = own
         ks = [s.main_k, *(k for k in s.k if k != s.main_k)]
         by_k = knn_top1(*arrays, ks, s.temperature)
         values: list[tuple[str, float, dict[str, Any]]] = [
             ("knn_top1" if k == s.main_k else f"knn_top1_k{k}", v, {"k": k}) for k, v in by_k.items()
         ]
     else:
+        seed = own if seed is None else seed
         top1, lr = linear_top1(
             *arrays,
             lrs=s.lr,
@@ -106,25 +137,122 @@ def evaluate(
     science = {**s.model_dump(mode="json"), "pool": pool, "image_size": list(subject.encoder.image)}
     protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
     wall = time.perf_counter() - began
+    side = subject.encoder.image[0]
     return [
-        _record(subject, val, data, metric, v, {**c, "pool": pool}, protocol, seed, wall) for metric, v, c in values
+        _record(
+            subject.facts(),
+            metric,
+            v,
+            val,
+            data,
+            protocol,
+            {**c, "pool": pool},
+            seed,
+            side,
+            {"wall_s": wall},
+            hardware=subject.run.get("hardware"),
+        )
+        for metric, v, c in values
     ]
 
 
+def _finetune(recipe: EvalRecipe, run: str, data: str | None, seed: int | None, console: Console) -> Record:
+    """Fine-tune RUN in a run folder of its own, then score val once. A finished one gives the number it has."""
+    s = recipe.science
+    assert isinstance(s, Finetune)
+    subject = open_subject(run, seed or 0)
+    data = data or subject.data
+    if data is None:
+        raise UserError(f"'{run}' does not say what data it was trained on; give --data SPEC")
+    train, val = both_splits(data)
+    size = s.image_size or subject.encoder.image[0]
+    science = {**s.model_dump(mode="json"), "image_size": [size, size]}
+    protocol = {"name": f"{recipe.name}_{s.pool}", "hash": digest(science)}
+    job = FinetuneJob(recipe, subject, data, train, protocol, subject.run.get("seed", 0) if seed is None else seed)
+    folder = home() / "runs" / job.folder_name
+    fit(job, folder, console)
+    info = read_run(folder)
+    if "record" in info:
+        console.print(f"{folder} is finished: the number below is the one it has in the ledger")
+        return Record.model_validate(info["record"])
+    began = time.perf_counter()
+    device = _device()
+    model, _, _ = load_classifier(folder / "weights.safetensors")
+    assert val.labels is not None
+    logits = predict(model, val, device, recipe.machine.workers)
+    top1 = 100 * float((logits.argmax(1) == val.labels).float().mean())
+    wall = time.perf_counter() - began
+    spent = {**info["cost"], "wall_s": info["cost"]["wall_s"] + wall}
+    facts = {**subject.facts(), "sha256": info["weights_sha256"]}
+    condition = {"pool": s.pool, "epochs": s.epochs, "finetune_run": folder.name}
+    record = _record(
+        facts, "finetune_top1", top1, val, data, protocol, condition, job.seed, size, spent, hardware=info["hardware"]
+    )
+    write_json(folder / "run.json", {**info, "record": record.model_dump(mode="json")})
+    return record
+
+
+def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -> Record:
+    """Score a fine-tuned model on images from elsewhere, whose folders are named as its classes."""
+    if data is None:
+        raise UserError("robustness needs --data folder:DIR, with a folder a class (DIR/n01440764/*.jpg)")
+    began = time.perf_counter()
+    path, info = find_weights(run, "finetune")
+    model, classes, arch = load_classifier(path)
+    test = open_test(data)
+    if test.labels is None:
+        raise UserError(f"data '{data}' has no labels; robustness needs a folder a class")
+    if unknown := sorted(set(test.classes) - set(classes)):
+        raise UserError(
+            f"data '{data}': {len(unknown)} class(es) that the model was not trained on: {', '.join(unknown[:5])}"
+        )
+    at = torch.tensor([classes.index(c) for c in test.classes])
+    logits = predict(model, test, _device(), recipe.machine.workers)
+    if s.restrict:
+        answer = at[logits[:, at].argmax(1)]
+    else:
+        answer = logits.argmax(1)
+    top1 = 100 * float((answer == at[test.labels]).float().mean())
+    size = model.encoder.image[0]
+    protocol = {
+        "name": recipe.name,
+        "hash": digest([s.model_dump(mode="json"), info.get("protocol", {}).get("hash"), size]),
+    }
+    nothing = dict.fromkeys(("recipe_hash", "run", "data", "epochs", "images_seen", "batch"))
+    facts = info.get("subject") or {
+        "method": "unknown", "preset": None, "arch": arch, "pretrain": nothing, "cost": {},
+    }  # fmt: skip
+    facts = {**facts, "sha256": sha256_file(path)}
+    condition = {"classes": len(test.classes), "finetune_run": path.parent.name if info else None}
+    wall = time.perf_counter() - began
+    spent = {**info.get("cost", {}), "wall_s": info.get("cost", {}).get("wall_s", 0.0) + wall}
+    return _record(
+        facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, spent,
+        hardware=info.get("hardware"),
+    )  # fmt: skip
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _record(
-    subject: Subject,
-    val: ImageSet,
-    data: str,
+    facts: dict[str, Any],
     metric: str,
     value: float,
-    condition: dict[str, Any],
+    val: ImageSet,
+    data: str,
     protocol: dict[str, str],
+    condition: dict[str, Any],
     seed: int,
-    wall: float,
+    image_size: int,
+    spent: dict[str, Any],
+    hardware: dict[str, Any] | None = None,
 ) -> Record:
-    run = subject.run
-    spent = run.get("cost", {})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Into the ledger: the number, where it comes from, and what it cost, pre-training (in `facts`) and `spent`."""
+    before, device = facts["cost"], _device().type
+    wall = spent["wall_s"]
+    flops = [c for c in (before.get("flops"), spent.get("flops")) if c is not None]
     return append(
         {
             "created": provenance.now(),
@@ -133,32 +261,26 @@ def _record(
             "value": value,
             "stderr": accuracy_stderr(value, len(val)),
             "n": len(val),
-            "method": subject.method,
-            "preset": run.get("preset"),
-            "arch": subject.arch,
+            **{k: facts[k] for k in ("method", "preset", "arch", "pretrain")},
             "protocol": protocol,
-            "pretrain": {
-                "recipe_hash": run.get("recipe_hash"),
-                "run": subject.path.parent.name if subject.path else None,
-                "data": run.get("data"),
-                "epochs": subject.epochs,
-                "images_seen": spent.get("images_seen"),
-                "batch": subject.batch,
-            },
-            "weights_sha256": subject.sha256,
+            "weights_sha256": facts["sha256"],
             "data_fingerprint": val.fingerprint,
-            "seed": run.get("seed", seed),
+            "seed": seed,
             "code": provenance.code(),
             "versions": provenance.versions(),
-            "hardware": run.get("hardware") or provenance.hardware(device),
+            "hardware": hardware or provenance.hardware(device),
             "cost": {
-                "wall_s": spent.get("wall_s", 0.0) + wall,
-                "device_hours": spent.get("device_hours", 0.0) + wall / 3600,
-                "flops": spent.get("flops"),
-                "peak_memory_gib": max(spent.get("peak_memory_gib", 0.0), provenance.peak_memory_gib(device)),
+                "wall_s": (before.get("wall_s") or 0.0) + wall,
+                "device_hours": (before.get("device_hours") or 0.0) + spent.get("device_hours", wall / 3600),
+                "flops": sum(flops) if flops else None,
+                "peak_memory_gib": max(
+                    before.get("peak_memory_gib") or 0.0,
+                    spent.get("peak_memory_gib") or 0.0,
+                    provenance.peak_memory_gib(device),
+                ),
                 "joules": None,
             },
-            "scale": scale_of(run.get("data") or data_name(data), subject.encoder.image[0]),
+            "scale": scale_of(facts["pretrain"]["data"] or data_name(data), image_size),
             "condition": condition,
         }
     )

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
+from PIL.Image import Image
+from pydantic import BaseModel
 from rich.console import Console
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from .. import provenance
-from ..data import open_split
+from ..data import ImageSet, open_split
 from ..data.loader import MicroBatches, seed_of
 from ..errors import Interrupted, RunFailed, UserError
 from ..method import Method
@@ -41,11 +43,15 @@ class TrainStep(nn.Module):
         self.method = method
 
     def forward(
-        self, images: Tensor, generator: torch.Generator, look: Callable[[dict[str, Tensor]], None] | None = None
+        self, batch: Any, generator: torch.Generator, look: Callable[[dict[str, Tensor]], None] | None = None
     ) -> dict[str, Tensor]:
-        """`look` is shown the losses with their graph; what goes out of here may only be given to fabric.backward."""
+        """batch: images, or (images, labels) for what learns from labels.
+
+        `look` is shown the losses with their graph; what goes out of here may only be given to fabric.backward.
+        """
         with torch.no_grad():
-            views = self.method.build_views(images, generator)
+            images, *labels = batch if isinstance(batch, tuple) else (batch,)
+            views = self.method.build_views(images, generator, *labels)
         losses = self.method.loss(self.method(views))
         if look:
             look(losses)
@@ -86,27 +92,88 @@ def run_name(recipe: Recipe) -> str:
     return f"{method}_{s.arch}_{data_name(s.data.spec)}_{recipe.hash()[:8]}{seed}"
 
 
+class Job:
+    """What the loop trains, and what is kept of it. This one pre-trains; evaluate/finetune.py has the other."""
+
+    kind = "pretrain"
+    too_large = "use --batch-size"  # advice where a batch is more than there are images
+    distort: Callable[[Image], Image] | None = None  # of PIL crops
+    labelled = False  # whether a batch is (images, labels)
+
+    def __init__(self, recipe: Recipe) -> None:
+        s = recipe.science
+        self.recipe: BaseModel = recipe  # written into the run folder
+        self.label = f"{recipe.method} {s.arch}"
+        self.machine, self.optim, self.spec = recipe.machine, s.optim, s.data.spec
+        self.seed, self.epochs, self.batch_size = s.seed, s.epochs, s.batch_size
+        self.image_size, self.crop_scale = s.data.image_size or 0, s.augment.crop_scale
+        # A run folder belongs to one of these.
+        self.identity = {"arch": s.arch, "recipe_hash": recipe.hash(), "seed": s.seed}
+
+    def batch(self) -> Batch:
+        return Batch.of(self._pretraining)
+
+    def data(self) -> ImageSet:
+        return open_split(self.spec, "train")
+
+    def build(self) -> Method:
+        """The module; it may draw its weights from torch's global generator."""
+        return build(self._pretraining)
+
+    def optimizer(self, method: Method) -> torch.optim.Optimizer:
+        return adamw(method, self.optim)
+
+    def flops_per_image(self) -> float:
+        return flops_per_image(self._pretraining)
+
+    def info(self) -> dict[str, Any]:
+        """What run.json says of it, beside what it says of every run."""
+        r = self._pretraining
+        return {
+            "method": r.method,
+            "preset": preset_label(r),
+            "arch": r.science.arch,
+            "data": data_name(r.science.data.spec),
+            "recipe": r.name,
+            "recipe_hash": r.hash(),
+            "seed": r.science.seed,
+        }
+
+    def save_weights(self, path: Path, method: Method) -> None:
+        save_weights(path, method, self._pretraining)
+
+    @property
+    def _pretraining(self) -> Recipe:
+        assert isinstance(self.recipe, Recipe)
+        return self.recipe
+
+
 def pretrain(recipe: Recipe, folder: Path, console: Console, progress: bool = True) -> str:
-    """Train `recipe` in `folder`, from its newest checkpoint where it has one.
+    """Pre-train `recipe` in `folder`; see `fit`."""
+    return fit(Job(recipe), folder, console, progress)
+
+
+def fit(job: Job, folder: Path, console: Console, progress: bool = True) -> str:
+    """Do `job` in `folder`, from its newest checkpoint where it has one.
 
     Returns "finished", or "already finished" where there was nothing to do. Raises UserError (input), RunFailed
     (non-finite loss, unreadable data), Interrupted (a signal; the folder can be resumed).
     """
     previous = read_run(folder)
-    check_same(recipe, previous, folder)
+    check_same(job, previous, folder)
     if previous.get("status") == "finished":
         return "already finished"
-    batch = Batch.of(recipe)
-    data = open_split(recipe.science.data.spec, "train")
+    batch = job.batch()
+    data = job.data()
     if len(data) < batch.total:
         raise UserError(
-            f"a batch of {batch.total} is more than the {len(data)} images of '{recipe.science.data.spec}'; "
-            f"use --batch-size {2 ** int(math.log2(len(data)))} or smaller"
+            f"a batch of {batch.total} is more than the {len(data)} images of '{job.spec}'; "
+            f"{job.too_large} {2 ** int(math.log2(len(data)))} or smaller"
         )
-    fabric = make_fabric(recipe.machine)
+    fabric = make_fabric(job.machine)
     fabric.launch()
     lock = hold(folder) if fabric.is_global_zero else None
-    run = Run(recipe, folder, fabric, previous)
+    run = Run(job, folder, fabric, previous)
     try:
         with Signals() as signals:
             train(run, batch, data, signals, console, progress and fabric.is_global_zero)
@@ -130,31 +197,33 @@ def pretrain(recipe: Recipe, folder: Path, console: Console, progress: bool = Tr
 
 
 def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console, progress: bool) -> None:
-    science, machine, fabric = run.recipe.science, run.recipe.machine, run.fabric
+    job, machine, fabric = run.job, run.job.machine, run.fabric
     provenance.reset_peak_memory(fabric.device.type)
-    torch.manual_seed(seed_of("weights", science.seed))
-    step_module = TrainStep(build(run.recipe))
+    torch.manual_seed(seed_of("weights", job.seed))
+    step_module = TrainStep(job.build())
     method = step_module.method
-    run.couples = method.compares_batch(science.method)
+    run.couples = method.compares_batch(method.config.model_dump() if method.config else {})
     if machine.compile:
         method.compile()
         torch._functorch.config.donated_buffer = False  # terms' gradients go through the graph more than once
-    optimizer = adamw(method, science.optim)
+    optimizer = job.optimizer(method)
     loader = MicroBatches(
         data,
-        seed=science.seed,
+        seed=job.seed,
         micro=batch.micro,
         world=batch.world,
         accumulation=batch.accumulation,
         rank=fabric.global_rank,
         device=fabric.device,
         crops=method.crops,
-        image_size=science.data.image_size or 0,
-        crop_scale=science.augment.crop_scale,
+        image_size=job.image_size,
+        crop_scale=job.crop_scale,
         workers=machine.workers,
+        distort=job.distort,
+        labelled=job.labelled,
     )
     per_epoch = loader.steps_per_epoch
-    total = round(per_epoch * science.epochs)
+    total = round(per_epoch * job.epochs)
     save_every = machine.save_every or max(per_epoch, min(total // 100, 500), 1)
 
     found = newest_checkpoint(run.checkpoints)
@@ -192,21 +261,21 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
         task = bar.add_task(run.label, total=total, completed=first, note="")
         for step in range(first, total):
             # Anything a model draws on its own (drop path) is a function of the step too.
-            torch.manual_seed(seed_of("model", science.seed, step, fabric.global_rank))
-            lr = learning_rate(science.optim, batch.total, step / per_epoch, science.epochs)
+            torch.manual_seed(seed_of("model", job.seed, step, fabric.global_rank))
+            lr = learning_rate(job.optim, batch.total, step / per_epoch, job.epochs)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             look = (step + 1) % machine.meters_every == 0 or step + 1 == total
             seen.clear()
             for a in range(batch.accumulation):
                 images = next(micro_batches)
                 index = a * batch.world + fabric.global_rank
-                generator.manual_seed(seed_of("views", science.seed, step, index))
+                generator.manual_seed(seed_of("views", job.seed, step, index))
                 with fabric.no_backward_sync(model, enabled=a < batch.accumulation - 1):
                     losses = model(images, generator, look_at_terms if look and a == 0 else None)
                     fabric.backward(losses["loss"] / batch.accumulation)
-            if scaler is not None or science.optim.clip_grad:
-                limit = science.optim.clip_grad or math.inf
+            if scaler is not None or job.optim.clip_grad:
+                limit = job.optim.clip_grad or math.inf
                 norm: Any = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
             else:
                 norm = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
@@ -250,9 +319,9 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
 class Run:
     """The run folder: what is written there, and the cost so far."""
 
-    def __init__(self, recipe: Recipe, folder: Path, fabric: Fabric, previous: dict[str, Any]) -> None:
-        self.recipe, self.folder, self.fabric = recipe, folder, fabric
-        self.label = f"{recipe.method} {recipe.science.arch}"
+    def __init__(self, job: Job, folder: Path, fabric: Fabric, previous: dict[str, Any]) -> None:
+        self.job, self.folder, self.fabric = job, folder, fabric
+        self.label = job.label
         self.checkpoints = folder / "checkpoints"
         self.cost: dict[str, Any] = {"wall_s": 0.0, "images_seen": 0}
         self.resumed = previous.get("resumed", 0)
@@ -263,37 +332,31 @@ class Run:
         self.began = time.perf_counter()
 
     def begin(self, fingerprint: str, total: int, per_epoch: int) -> None:
-        r = self.recipe
-        r.machine.precision = {"32-true": "32", "bf16-mixed": "bf16"}.get(  # type: ignore[assignment]
+        self.job.machine.precision = {"32-true": "32", "bf16-mixed": "bf16"}.get(  # type: ignore[assignment]
             str(self.fabric.strategy.precision.precision), "16"
         )
         self.info = {
-            "method": r.method,
-            "preset": preset_label(r),
-            "arch": r.science.arch,
-            "data": data_name(r.science.data.spec),
+            "kind": self.job.kind,
+            **self.job.info(),
             "data_fingerprint": fingerprint,
-            "recipe": r.name,
-            "recipe_hash": r.hash(),
-            "seed": r.science.seed,
             "steps_total": total,
             "steps_per_epoch": per_epoch,
             "code": provenance.code(),
             "versions": provenance.versions(),
             "hardware": {
                 **provenance.hardware(self.fabric.device.type, self.fabric.world_size),
-                "precision": r.machine.precision,
+                "precision": self.job.machine.precision,
             },
         }
-        self.flops_per_image = flops_per_image(r)
+        self.flops_per_image = self.job.flops_per_image()
         self.began = time.perf_counter()
         if self.fabric.is_global_zero:
-            write_atomically(self.folder / "recipe.yaml", dump(r).encode())
+            write_atomically(self.folder / "recipe.yaml", dump(self.job.recipe).encode())
         self.write("running")
 
     def costs(self) -> dict[str, Any]:
         wall = self.cost["wall_s"] + time.perf_counter() - self.began
-        images = self.steps * self.recipe.science.batch_size
+        images = self.steps * self.job.batch_size
         return {
             "wall_s": round(wall, 3),
             "device_hours": wall / 3600 * self.fabric.world_size,
@@ -334,7 +397,7 @@ class Run:
 
     def finish(self, method: Method) -> None:
         if self.fabric.is_global_zero:
-            save_weights(self.folder / "weights.safetensors", method, self.recipe)
+            self.job.save_weights(self.folder / "weights.safetensors", method)
             self.write("finished", weights_sha256=sha256_file(self.folder / "weights.safetensors"))
         self.fabric.barrier()
 
@@ -380,13 +443,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def check_same(recipe: Recipe, previous: dict[str, Any], folder: Path) -> None:
+def check_same(job: Job, previous: dict[str, Any], folder: Path) -> None:
     """A run folder belongs to one recipe and seed."""
-    for key, value in (
-        ("arch", recipe.science.arch),
-        ("recipe_hash", recipe.hash()),
-        ("seed", recipe.science.seed),
-    ):
+    for key, value in job.identity.items():
         if previous and previous.get(key) != value:
             raise UserError(
                 f"{folder} holds a run of another recipe ({key} {previous.get(key)}, this one {value}); choose "

@@ -1,4 +1,4 @@
-"""AdamW as MAE runs it, and its schedule."""
+"""AdamW as MAE runs it, layer-wise decay of the learning rate, and the schedule."""
 
 from __future__ import annotations
 
@@ -21,10 +21,34 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def adamw(module: nn.Module, config: Optim) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameter_groups(module, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
-    )
+def layer_groups(module: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups by layer and by decay or none, each with its `lr_scale` = layer_decay^(depth + 1 - layer).
+
+    Layer 0: CLS, positions, patch embedding; block b of `module.encoder` is layer b + 1; all else, such as the head, is
+    depth + 1, whose scale is 1. No weight decay on tensors of one dimension, CLS and positions (MAE util/lr_decay.py).
+    """
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        part, _, rest = name.removeprefix("encoder.").partition(".")
+        if part in ("cls_token", "pos_embed", "patch_embed"):
+            layer = 0
+        else:
+            layer = int(rest.split(".")[0]) + 1 if part == "blocks" else depth + 1
+        decays = p.ndim > 1 and part not in ("cls_token", "pos_embed")
+        new = {
+            "params": [],
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_scale": layer_decay ** (depth + 1 - layer),
+        }
+        groups.setdefault((layer, decays), new)["params"].append(p)
+    return list(groups.values())
+
+
+def adamw(module: nn.Module, config: Optim, groups: list[dict[str, Any]] | None = None) -> torch.optim.AdamW:
+    groups = groups or parameter_groups(module, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def learning_rate(config: Optim, batch_size: int, epoch: float, epochs: float) -> float:

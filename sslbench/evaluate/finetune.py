@@ -1,0 +1,277 @@
+"""Fine-tuning of all weights with labels, as MAE's main_finetune.py runs it, on the loop of pre-training."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image, ImageOps
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..data import ImageSet
+from ..data.loader import evaluation_batches, host_seed
+from ..errors import UserError
+from ..method import Method
+from ..recipe import Augment, Batch, Epochs, Machine, Optim, Strict, data_name, digest
+from ..train.loop import Job
+from ..train.optim import adamw, layer_groups
+from ..train.state import write_atomically
+from ..views import normalise, one_view
+from ..vit import VisionTransformer, get_arch, pool_tokens, resample_positions
+from .features import Subject
+
+HEAD_STD = 2e-5  # of the head's initial weights
+
+
+class FinetuneOptim(Optim):
+    """AdamW with layer-wise lr decay. Defaults: MAE's for ViT-B."""
+
+    lr: float = Field(5e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_epochs: float = Field(5, ge=0)
+    min_lr: float = Field(1e-6, ge=0)
+    layer_decay: float = Field(0.65, gt=0, le=1)  # 1: one lr for all layers
+
+
+class Finetune(Strict):
+    """The protocol's every switch. Defaults: MAE's for ViT-B on ImageNet."""
+
+    protocol: Literal["finetune"]
+    epochs: Epochs = Field(100, ge=0)
+    batch_size: int = Field(1024, gt=0)
+    optim: FinetuneOptim = FinetuneOptim()
+    image_size: int | None = Field(None, gt=0)  # None: that of pre-training
+    pool: Literal["cls", "mean"] = "mean"  # mean: of patches, a LayerNorm after it and none before
+    drop_path: float = Field(0.1, ge=0, lt=1)  # of the last block; grows linearly from 0
+    train_positions: bool = True
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's words; `original` is AutoAugment; None: neither
+    erase_p: float = Field(0.25, ge=0, le=1)
+    erase_mode: Literal["pixel", "const"] = "pixel"  # const: CutOut's
+    mixup: float = Field(0.8, ge=0)
+    cutmix: float = Field(1.0, ge=0)
+    mix_p: float = Field(1.0, ge=0, le=1)
+    mix_switch: float = Field(0.5, ge=0, le=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+
+
+@dataclass
+class Distortion:
+    """RandAugment or AutoAugment of a PIL crop, by timm; draws from `random` and `numpy.random`. Made where it is used,
+    since loader processes are sent this and not timm's closures."""
+
+    words: str
+    mean: tuple[float, ...]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if not hasattr(self, "_transform"):
+            parameters = {
+                "translate_const": int(min(image.size) * 0.45),
+                "img_mean": tuple(min(255, round(255 * m)) for m in self.mean),
+                "interpolation": Image.Resampling.BICUBIC,
+            }
+            make = rand_augment_transform if self.words.startswith("rand") else auto_augment_transform
+            self._transform: Any = make(self.words, parameters)
+            for op in getattr(self._transform, "ops", []):
+                if op.name.startswith("Posterize"):
+                    op.aug_fn = posterize
+        return self._transform(image)
+
+
+def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """Keep `bits` of each channel. At its greatest strength timm's RandAugment keeps none: Pillow once made that black,
+    and now refuses."""
+    return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
+
+
+class Classifier(Method):
+    """An encoder with a head, trained end to end. pool mean: fc_norm on the mean of patches, no final norm (MAE)."""
+
+    def __init__(self, science: Finetune, encoder: VisionTransformer, augment: Augment, classes: int) -> None:
+        super().__init__(None, encoder, augment)
+        self.science, self.classes, self.pool = science, classes, science.pool  # type: ignore[misc]
+        self.fc_norm: nn.Module = nn.Identity()
+        if science.pool == "mean":
+            encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(encoder.arch.dim, eps=1e-6)
+        self.head = nn.Linear(encoder.arch.dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+        encoder.requires_grad_(True)
+        encoder.pos_embed.requires_grad_(science.train_positions)
+        blocks: Any = encoder.blocks
+        for i, block in enumerate(blocks):
+            rate = science.drop_path * i / max(1, len(blocks) - 1)
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        self.mix = None
+        if science.mixup or science.cutmix:
+            self.mix = Mixup(
+                science.mixup,
+                science.cutmix,
+                prob=science.mix_p,
+                switch_prob=science.mix_switch,
+                label_smoothing=science.label_smoothing,
+                num_classes=classes,
+            )
+
+    def build_views(
+        self, images: Tensor, generator: torch.Generator, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """images (B, 3, H, W) or PIL-made crops (B, 1, 3, S, S), labels (B,) -> {"images", "targets" (B, classes)}."""
+        assert labels is not None
+        s = self.science
+        x = one_view(images, self.encoder.image[0], self.augment, generator)
+        with host_seed(generator.initial_seed()):  # timm's two draw from `random` and numpy
+            if s.erase_p:
+                x = RandomErasing(s.erase_p, mode=s.erase_mode, max_count=1, device=x.device.type)(x)
+            if self.mix:
+                x, targets = self.mix(x, labels)
+                return {"images": x, "targets": targets}
+        off = s.label_smoothing / self.classes
+        targets = F.one_hot(labels, self.classes) * (1.0 - s.label_smoothing) + off
+        return {"images": x, "targets": targets}
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": self.logits(views["images"]), "targets": views["targets"]}
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S) -> (B, classes)."""
+        return self.head(self.fc_norm(pool_tokens(self.encoder(images), self.pool)))
+
+    def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.autocast(outputs["logits"].device.type, enabled=False):
+            return {"loss": F.cross_entropy(outputs["logits"].float(), outputs["targets"])}
+
+
+class FinetuneJob(Job):
+    """Fine-tuning of one subject on one data set, for the loop."""
+
+    kind = "finetune"
+    too_large = "use --set science.batch_size="
+    labelled = True
+
+    def __init__(
+        self, recipe: Any, subject: Subject, spec: str, train: ImageSet, protocol: dict[str, str], seed: int
+    ) -> None:
+        s: Finetune = recipe.science
+        self.recipe: Any = recipe
+        self.science, self.subject, self.train, self.protocol = s, subject, train, protocol
+        self.label = f"finetune {subject.method} {subject.arch}"
+        self.machine: Machine = recipe.machine
+        self.optim, self.spec = s.optim, spec
+        self.seed, self.epochs, self.batch_size = seed, s.epochs, s.batch_size
+        self.image_size, self.crop_scale = s.image_size or subject.encoder.image[0], s.crop_scale
+        self.distort = Distortion(s.auto_augment, subject.mean) if s.auto_augment else None
+        self.augment = Augment(crop_scale=s.crop_scale, flip=s.flip, mean=subject.mean, std=subject.std)
+        hash = digest([protocol["hash"], subject.sha256, data_name(spec)])
+        self.identity = {"arch": subject.arch, "recipe_hash": hash, "seed": seed}
+        origin = subject.path.parent.name if subject.run and subject.path else subject.name
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", origin)
+        self.folder_name = f"finetune_{stem}_{data_name(spec)}_{hash[:8]}" + (f"_s{seed}" if seed else "")
+
+    def batch(self) -> Batch:
+        batch = Batch.divide(self.batch_size, self.machine)
+        if (self.science.mixup or self.science.cutmix) and batch.micro % 2:
+            raise UserError(f"mixup pairs the images of a pass, so their number must be even, not {batch.micro}")
+        return batch
+
+    def data(self) -> ImageSet:
+        return self.train
+
+    def build(self) -> Classifier:
+        encoder = resized(self.subject.encoder, self.image_size)
+        return Classifier(self.science, encoder, self.augment, len(self.train.classes))
+
+    def optimizer(self, method: Method) -> torch.optim.Optimizer:
+        depth = len(method.encoder.blocks)
+        return adamw(
+            method, self.optim, layer_groups(method, depth, self.optim.weight_decay, self.science.optim.layer_decay)
+        )
+
+    def flops_per_image(self) -> float:
+        with torch.device("meta"):
+            encoder = VisionTransformer(self.subject.encoder.arch, self.image_size)
+            model = Classifier(self.science, encoder, self.augment, len(self.train.classes))
+            with FlopCounterMode(display=False) as counter:
+                model.logits(torch.zeros(2, 3, *encoder.image)).sum().backward()
+        return counter.get_total_flops() / 2
+
+    def info(self) -> dict[str, Any]:
+        s = self.subject
+        return {
+            "method": s.method,
+            "arch": s.arch,
+            "data": data_name(self.spec),
+            "recipe": self.recipe.name,
+            "protocol": self.protocol,
+            "subject": s.facts(),
+            **self.identity,
+        }
+
+    def save_weights(self, path: Path, method: Method) -> None:
+        """Encoder and head under timm's names, with what rebuilds and explains them."""
+        assert isinstance(method, Classifier)
+        metadata = {
+            "kind": "classifier",
+            "arch": self.subject.arch,
+            "image_size": str(self.image_size),
+            "science": self.science.model_dump_json(),
+            "classes": json.dumps(self.train.classes),
+            "mean": json.dumps(self.subject.mean),
+            "std": json.dumps(self.subject.std),
+        }
+        state = {k.removeprefix("encoder."): v for k, v in method.state_dict().items()}
+        tensors = {k: v.detach().float().cpu().contiguous() for k, v in state.items()}
+        write_atomically(path, safetensors_bytes(tensors, metadata))
+
+
+def resized(encoder: VisionTransformer, image: int) -> VisionTransformer:
+    """A copy of the encoder for images of another size, its positions resampled."""
+    new = VisionTransformer(encoder.arch, image)
+    state = dict(encoder.state_dict())
+    state["pos_embed"] = resample_positions(state["pos_embed"], encoder.grid, new.grid)
+    new.load_state_dict(state)
+    return new
+
+
+def load_classifier(path: Path) -> tuple[Classifier, list[str], str]:
+    """The fine-tuned model in `path`, the names of its classes, and its arch."""
+
+    try:
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is not a safetensors file ({e})") from None
+    if meta.get("kind") != "classifier":
+        raise UserError(f"{path} is not a fine-tuned model; `sslbench eval finetune` makes one of an encoder")
+    classes = json.loads(meta["classes"])
+    encoder = VisionTransformer(get_arch(meta["arch"]), int(meta["image_size"]))
+    augment = Augment(mean=json.loads(meta["mean"]), std=json.loads(meta["std"]))
+    model = Classifier(Finetune.model_validate_json(meta["science"]), encoder, augment, len(classes))
+    model.load_state_dict({k if k.startswith(("head.", "fc_norm.")) else f"encoder.{k}": v for k, v in tensors.items()})
+    return model.eval(), classes, meta["arch"]
+
+
+@torch.inference_mode()
+def predict(model: Classifier, data: ImageSet, device: torch.device, workers: int, batch: int = 250) -> Tensor:
+    """(N, classes) logits of every image's evaluation view, on the CPU."""
+    model = model.to(device).eval()
+    augment, out = model.augment, []
+    for images in evaluation_batches(data, model.encoder.image[0], batch, device, workers):
+        out.append(model.logits(normalise(images, augment.mean, augment.std)).float().cpu())
+    return torch.cat(out)

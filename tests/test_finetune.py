@@ -1,0 +1,227 @@
+"""Fine-tuning and robustness: MAE's layer decay, targets, resume bit for bit, scoring over a set's own classes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data.auto_augment import rand_augment_transform
+from tiny import TINY
+from torch.nn import functional as F
+
+from sslbench.data import open_split
+from sslbench.data.loader import host_seed
+from sslbench.errors import UserError
+from sslbench.evaluate.finetune import Classifier, Distortion, Finetune, load_classifier, posterize, predict, resized
+from sslbench.evaluate.run import eval_recipe, evaluate
+from sslbench.recipe import Augment
+from sslbench.train.optim import layer_groups
+from sslbench.vit import ARCHS, VisionTransformer, initialise
+
+SMOKE = ["eval", "finetune", "untrained:vit_mini4@16", "--data", "builtin", "--recipe", "finetune_smoke",
+         "--set", "science.auto_augment=null", "--set", "science.batch_size=500"]  # fmt: skip
+
+
+def classifier(pool="mean", **science):
+    torch.manual_seed(0)
+    encoder = VisionTransformer(TINY)
+    initialise(encoder)
+    return Classifier(Finetune(protocol="finetune", pool=pool, **science), encoder, Augment(), 10)
+
+
+def test_layer_decay_has_the_groups_and_scales_of_mae_for_vit_b():
+    with torch.device("meta"):
+        model = Classifier(Finetune(protocol="finetune"), VisionTransformer(ARCHS["vit_b16"]), Augment(), 1000)
+    groups = layer_groups(model, 12, 0.05, 0.65)
+    assert len(groups) == 28
+    assert min(g["lr_scale"] for g in groups) == pytest.approx(0.0036972, abs=1e-7)
+    scale = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(scale) == len([p for p in model.parameters() if p.requires_grad])
+    of = lambda p: scale[id(p)]  # noqa: E731
+    assert of(model.head.weight) == (1, 0.05) and of(model.head.bias) == (1, 0) and of(model.fc_norm.weight) == (1, 0)
+    assert of(model.encoder.blocks[11].mlp.fc1.weight) == (0.65, 0.05)
+    lowest = (pytest.approx(0.65**13), 0)
+    assert of(model.encoder.pos_embed) == of(model.encoder.cls_token) == lowest
+    assert of(model.encoder.patch_embed.proj.weight) == (pytest.approx(0.65**13), 0.05)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_mean_pooling_moves_the_norm_behind_the_mean(pool):
+    model = classifier(pool, drop_path=0.1)
+    names = {n for n, _ in model.named_parameters()}
+    assert ("fc_norm.weight" in names) == (pool == "mean") and ("encoder.norm.weight" in names) == (pool == "cls")
+    x = torch.randn(2, 3, 32, 32)
+    model.eval()
+    tokens = model.encoder(x)
+    feature = tokens[:, 0] if pool == "cls" else F.layer_norm(
+        tokens[:, 1:].mean(1), (TINY.dim,), model.fc_norm.weight, model.fc_norm.bias, 1e-6
+    )  # fmt: skip
+    torch.testing.assert_close(model.logits(x), model.head(feature))
+    rates = [block.drop_path1.drop_prob for block in model.encoder.blocks]
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.1) and rates == sorted(rates)
+
+
+def views_of(model, seed=0):
+    data = open_split("builtin", "train")
+    generator = torch.Generator().manual_seed(seed)
+    return model.build_views(data.images[:8], generator, data.labels[:8]), data.labels[:8]
+
+
+def test_without_mixing_targets_are_smoothed_labels():
+    views, labels = views_of(classifier(mixup=0, cutmix=0, erase_p=0))
+    expected = F.one_hot(labels, 10) * 0.9 + 0.01
+    torch.testing.assert_close(views["targets"], expected)
+
+
+def test_mixup_mixes_images_and_targets_by_the_same_share():
+    plain, labels = views_of(classifier(mixup=0, cutmix=0, erase_p=0))
+    views, _ = views_of(classifier(mixup=0.8, cutmix=0, erase_p=0))
+    a, b = plain["images"], plain["images"].flip(0)
+    share = ((views["images"] - b) * (a - b)).sum() / ((a - b) ** 2).sum()
+    torch.testing.assert_close(views["images"], share * a + (1 - share) * b)
+    smooth = F.one_hot(labels, 10) * 0.9 + 0.01
+    torch.testing.assert_close(views["targets"], share * smooth + (1 - share) * smooth.flip(0))
+
+
+def test_views_are_a_function_of_the_generators_seed_and_leave_the_hosts_alone():
+    model = classifier()
+    before = np.random.get_state()[1].tolist()
+    torch.manual_seed(1)
+    a = views_of(model)[0]
+    torch.manual_seed(1)
+    b = views_of(model)[0]
+    assert np.random.get_state()[1].tolist() == before
+    assert a["images"].equal(b["images"]) and a["targets"].equal(b["targets"])
+    assert not a["images"].equal(views_of(model, seed=3)[0]["images"])
+
+
+def test_rand_augment_is_timms_and_survives_its_greatest_strength():
+    image = open_split("builtin", "train").read(3)
+    words, mean = "rand-m9-mstd0-inc1", (0.485, 0.456, 0.406)  # without the spread it never gets to 10
+    reference = rand_augment_transform(words, {"translate_const": 14, "img_mean": (124, 116, 104),
+                                               "interpolation": Image.Resampling.BICUBIC})  # fmt: skip
+    ours = Distortion(words, mean)
+    for seed in range(50):
+        with host_seed(seed):
+            expected = reference(image)
+        with host_seed(seed):
+            assert np.array_equal(np.asarray(ours(image)), np.asarray(expected))
+    strongest = Distortion("rand-m10-n15-inc1", mean)
+    with host_seed(0):
+        strongest(image)
+    assert not np.asarray(posterize(image, 0)).any()
+
+
+def test_positions_are_resampled_for_another_size():
+    encoder = VisionTransformer(TINY)
+    larger = resized(encoder, 48)
+    assert larger.grid == (48 // TINY.patch, 48 // TINY.patch)
+    assert resized(encoder, 32).pos_embed.equal(encoder.pos_embed)
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+@pytest.fixture(scope="module")
+def finetuned(run_sslbench, tmp_path_factory):
+    home = tmp_path_factory.mktemp("finetuned")
+    done = run_sslbench(*SMOKE, "--set", "machine.save_every=3", "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    return home, json.loads(done.stdout.splitlines()[-1]), next((home / "runs").glob("finetune_*"))
+
+
+def test_a_fine_tuning_resumed_ends_with_the_same_weights_and_number(finetuned, run_sslbench, tmp_path):
+    _, record, run = finetuned
+    copy = tmp_path / "runs" / run.name
+    shutil.copytree(run, copy)
+    (copy / "weights.safetensors").unlink()
+    newest = max((copy / "checkpoints").glob("*.pt"))
+    newest.unlink()
+    newest.with_suffix(".sha256").unlink()
+    info = json.loads((copy / "run.json").read_text())
+    del info["record"]
+    (copy / "run.json").write_text(json.dumps({**info, "status": "running"}))
+    done = run_sslbench(*SMOKE, "--set", "machine.save_every=3", "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((copy / "run.json").read_text())["resumed"] == 1
+    a, b = load_file(run / "weights.safetensors"), load_file(copy / "weights.safetensors")
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    assert json.loads(done.stdout.splitlines()[-1])["value"] == record["value"]
+
+
+def test_a_finished_fine_tuning_gives_its_number_again_and_adds_none(finetuned, run_sslbench):
+    home, record, _ = finetuned
+    done = run_sslbench(*SMOKE, "--set", "machine.save_every=3", "--json", home=home)
+    assert json.loads(done.stdout.splitlines()[-1]) == record and "is finished" in done.stderr
+    assert record["metric"] == "finetune_top1" and record["n"] == 1000
+    lines = (home / "results" / "ledger" / "untrained.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["metric"] == "finetune_top1" for line in lines) == 1
+
+
+def class_folders(root, names, per_class=6):
+    data = open_split("builtin", "val")
+    for name in names:
+        folder = root / name
+        folder.mkdir(parents=True)
+        for i, x in enumerate(data.images[data.labels == data.classes.index(name)][:per_class]):
+            Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return root
+
+
+def test_robustness_answers_among_the_classes_that_the_set_has(finetuned, run_sslbench, monkeypatch):
+    home, _, run = finetuned
+    names = ["cat", "dog", "ship"]
+    folder = class_folders(home / "hard", names)
+    done = run_sslbench("eval", "robustness", "--data", f"folder:{folder}", "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert (record["metric"], record["dataset"], record["n"]) == ("top1", "hard", 18)
+    model, classes, _ = load_classifier(run / "weights.safetensors")
+    from sslbench.data import open_test
+
+    test = open_test(f"folder:{folder}")
+    at = torch.tensor([classes.index(n) for n in names])
+    logits = predict(model, test, torch.device("cpu"), 0)
+    expected = 100 * (logits[:, at].argmax(1) == test.labels).float().mean().item()
+    assert record["value"] == pytest.approx(expected)
+    monkeypatch.setenv("SSLBENCH_HOME", str(home))
+    free = evaluate(eval_recipe("robustness", sets=["science.restrict=false"]), str(run), f"folder:{folder}")[0]
+    assert free.value == pytest.approx(100 * (logits.argmax(1) == at[test.labels]).float().mean().item())
+    assert free.protocol.hash != record["protocol"]["hash"]
+    class_folders(home / "odd", ["cat"]).joinpath("cat").rename(home / "odd" / "unicorn")
+    with pytest.raises(UserError, match=r"1 class\(es\) that the model was not trained on: unicorn"):
+        evaluate(eval_recipe("robustness"), str(run), f"folder:{home / 'odd'}")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["eval", "robustness", "--data", "builtin"], "no finished fine-tuning run"),
+        (["eval", "finetune", "untrained:vit_mini4"], "give --data"),
+        ([*SMOKE, "--set", "science.batch_size=5"], "must be even"),
+        ([*SMOKE, "--set", "science.batch_size=5000"], "science.batch_size="),
+        (["eval", "knn", "untrained:vit_mini4@16", "--set", "science.protocol=finetune", "--data", "builtin"], "k"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_2(invoke, args, says):
+    done = invoke(*args)
+    assert done.exit_code == 2 and says in done.output + done.stderr, done.output
+
+
+def test_a_fine_tuned_run_is_no_encoder_and_not_the_newest_pre_training(finetuned, monkeypatch):
+    home, _, run = finetuned
+    monkeypatch.setenv("SSLBENCH_HOME", str(home))
+    with pytest.raises(UserError, match="of a fine-tuning"):
+        evaluate(eval_recipe("knn"), str(run), "builtin")
+
+
+def test_seeds_give_a_mean_and_its_interval(invoke):
+    args = ["eval", "linprobe", "untrained:vit_mini4@16", "--data", "builtin", "--seeds", "2", "--json"]
+    done = invoke(*args, "--set", "science.epochs=2")
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["seeds"] == [0, 1] and answer["value"] == pytest.approx(sum(answer["values"]) / 2)
+    assert "95 % interval over 2 seeds" in done.stderr
