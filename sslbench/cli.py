@@ -56,7 +56,8 @@ app.add_typer(data_app, name="data")
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line; all else on standard error.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe, such as science.optim.lr=1e-3")]
 Run = Annotated[
-    str | None, typer.Argument(help="Run folder, weights file or untrained:ARCH; the newest run if left out.")
+    str | None,
+    typer.Argument(help="Run folder, weights file, timm:NAME, untrained:ARCH; the newest run if left out."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to write to.")]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from ..train.loop import read_run
 from ..train.state import sha256_file, write_atomically
 from ..views import normalise
 from ..vit import VisionTransformer, get_arch, initialise, pool_tokens
+from . import public
 
 POOLS = ("cls", "mean", "mean_all")
 
@@ -108,16 +111,22 @@ def find_weights(run: str, kind: str = "pretrain") -> tuple[Path, dict[str, Any]
 
 
 def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subject:
-    """RUN -> the encoder to evaluate: a run folder, a weights file, or `untrained:ARCH[@PIXELS]` (random, by seed)."""
+    """RUN -> the encoder to evaluate: a run folder, a weights file (ours, or one as timm, MAE, MoCo v3 or DINO write),
+    `timm:NAME`, or `untrained:ARCH[@PIXELS]` (random, by seed)."""
     kind, colon, name = run.partition(":")
     if kind == "untrained" and colon:
         arch, at, pixels = name.partition("@")
         if at and not pixels.isdecimal():
             raise UserError(f"'{run}': expected untrained:ARCH[@PIXELS], such as untrained:vit_mini4@24")
         return replace(_untrained(arch, seed, int(pixels) if at else image_size), name=run)
+    if kind == "timm" and colon:
+        state, config = public.read_timm(name)
+        return _public(state, run, *public.statistics(config))
     if colon and not Path(run).exists():
-        raise UserError(f"'{run}': give a run folder, a weights file, or untrained:ARCH")
+        raise UserError(f"'{run}': give a run folder, a weights file, timm:NAME or untrained:ARCH")
     path, info = find_weights(run)
+    if not _is_ours(path):
+        return _public(public.read_file(path), str(path), *public.statistics({}), path)
     return replace(_from_file(path, info), name=path.stem)
 
 
@@ -129,6 +138,26 @@ def _untrained(arch: str, seed: int, image_size: int | None) -> Subject:
 
     a = Augment()
     return Subject(encoder, digest(["untrained", arch, seed, encoder.image]), arch, "cls", a.mean, a.std, {}, None)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the file says which arch it is, as what `sslbench pretrain` writes does."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, "pt") as f:
+            return "arch" in (f.metadata() or {})
+    except (SafetensorError, OSError):
+        return True  # _from_file says what is wrong with it
+
+
+def _public(
+    state: dict[str, Tensor], where: str, mean: tuple[float, ...], std: tuple[float, ...], path: Path | None = None
+) -> Subject:
+    encoder, arch = public.to_encoder(state, where)
+    sha256 = sha256_file(path) if path else hashlib.sha256(public.tensors_bytes(encoder)).hexdigest()
+    method = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if path else where)
+    return Subject(encoder, sha256, arch, "cls", mean, std, {}, None, method=method, name=method)
 
 
 def _from_file(path: Path, info: dict[str, Any]) -> Subject:

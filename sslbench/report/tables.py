@@ -17,10 +17,10 @@ from ..ledger import Record
 from ..paths import bundled
 from ..stats import mean_interval
 
-MAIN_METRICS = ("knn_top1", "linprobe_top1")
+MAIN_METRICS = ("knn_top1", "linprobe_top1", "finetune_top1")
 UNTRAINED = "untrained"
 SCALES = ("paper", "cifar", "tiny")  # in the order of the page
-WORDS = {"knn": "k-NN", "linprobe": "linear"}
+WORDS = {"knn": "k-NN", "linprobe": "linear", "finetune": "fine-tuning"}
 
 Column = tuple[str, str, str]  # protocol name, metric, protocol hash
 RowKey = tuple[bool, str, float, str, str]  # trained?, method, epochs, preset, recipe hash
@@ -59,7 +59,10 @@ class Row:
 
     def flops(self) -> float | None:
         """FLOPs of pre-training, mean over seeds."""
-        by_seed = {r.seed: r.cost.flops for r in self._pretrained() if r.cost.flops}
+        by_seed: dict[int, float] = {}
+        for r in self._pretrained():
+            if r.cost.flops:
+                by_seed[r.seed] = min(r.cost.flops, by_seed.get(r.seed, r.cost.flops))
         return fmean(by_seed.values()) if by_seed else None
 
     def _pretrained(self) -> list[Record]:
