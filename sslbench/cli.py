@@ -226,11 +226,21 @@ def report(
     tables: Annotated[list[str] | None, typer.Argument(help="Such as ocl_t6; all if left out.")] = None,
     out: Out = None,
     format: Annotated[str, typer.Option("--format", help="Any of html,md,csv.")] = "html,md,csv",
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--compare", metavar="A B", help="Two runs or methods, tested seed by seed."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Every measured number beside the reported one, as a page; or one table in the terminal."""
     from .report.page import report as run
 
+    if compare:
+        from .ledger import read
+        from .report.compare import compare as test
+
+        answer(as_json, test(*compare, read(), console(as_json)))
+        return
     answer(as_json, run(tables or [], out, format, console(as_json)))
 
 
