@@ -17,7 +17,7 @@ from sslbench.data.loader import host_seed
 from sslbench.errors import UserError
 from sslbench.evaluate.finetune import Classifier, Distortion, Finetune, load_classifier, posterize, predict, resized
 from sslbench.evaluate.run import eval_recipe, evaluate
-from sslbench.recipe import Augment
+from sslbench.recipe import Augment, read_tree, recipe_files
 from sslbench.train.optim import layer_groups
 from sslbench.vit import ARCHS, VisionTransformer, initialise
 
@@ -113,6 +113,28 @@ def test_rand_augment_is_timms_and_survives_its_greatest_strength():
     with host_seed(0):
         strongest(image)
     assert not np.asarray(posterize(image, 0)).any()
+
+
+def test_every_eval_recipe_resolves_and_says_what_its_source_says():
+    found = {name: read_tree(path, "eval")["science"]["protocol"] for name, path in recipe_files("eval").items()}
+    science = {name: eval_recipe(kind, name).science for name, kind in found.items()}
+    base, large, ocl, ccmim = (science[f"finetune{n}"] for n in ("", "_l", "_ocl_b", "_ccmim"))
+    assert base == Finetune(protocol="finetune")  # MAE's is what the class defaults to
+    assert (large.epochs, large.optim.lr, large.optim.layer_decay, large.drop_path) == (50, 1e-3, 0.75, 0.2)
+    assert ocl.optim.betas == (0.9, 0.95) == science["finetune_ocl_l"].optim.betas and ocl.optim.lr == 5e-4
+    assert (ccmim.optim.lr, ccmim.optim.layer_decay) == (1e-3, 0.75)
+    macrl, subsets = science["finetune_macrl_cifar"], science["finetune_macrl_subsets"]
+    assert (macrl.epochs, subsets.epochs) == (200, 400) and not macrl.mixup and not macrl.label_smoothing
+    assert (macrl.optim.lr, macrl.optim.weight_decay, macrl.batch_size) == (1.5e-3, 0.01, 2048)
+
+
+def test_auto_augment_is_timms_original_policy():
+    image = open_split("builtin", "train").read(3)
+    changed = 0
+    for seed in range(10):
+        with host_seed(seed):
+            changed += not np.array_equal(np.asarray(Distortion("original", (0.5, 0.5, 0.5))(image)), np.asarray(image))
+    assert changed > 5
 
 
 def test_positions_are_resampled_for_another_size():
