@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -154,6 +154,16 @@ def open_split(spec: str, split: str) -> ImageSet:
     if kind == "coco":
         return _coco(path, split)
     raise UserError(f"data '{spec}': unknown kind '{kind}'{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
+
+
+def subset(data: ImageSet, index: Tensor) -> ImageSet:
+    """The images at `index` (K,), in that order, with their labels."""
+    if isinstance(data, JoinedImages):
+        raise TypeError("joined sets have no labels, so nothing is held out of them")
+    labels = None if data.labels is None else data.labels[index]
+    if isinstance(data, MemoryImages):
+        return replace(data, images=data.images[index], labels=labels)
+    return replace(data, files=[data.files[i] for i in index.tolist()], labels=labels)
 
 
 def open_test(spec: str) -> ImageSet:

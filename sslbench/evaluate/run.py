@@ -22,6 +22,7 @@ from .features import both_splits, extract, find_weights, newest_run, open_subje
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
 from .knn import knn_top1
 from .linprobe import linear_top1
+from .probe import AugmentedProbe, ProbeJob, probe_top1
 
 
 class Knn(Strict):
@@ -49,7 +50,7 @@ class Robustness(Strict):
 
 class EvalRecipe(Strict):
     name: str
-    science: Knn | Linprobe | Finetune | Robustness = Field(discriminator="protocol")
+    science: Knn | Linprobe | AugmentedProbe | Finetune | Robustness = Field(discriminator="protocol")
     machine: Machine = Machine()
 
 
@@ -58,7 +59,7 @@ def eval_recipe(kind: str, name: str | None = None, sets: list[str] | None = Non
     path = find_recipe(name or kind, "eval")
     tree = merge(read_tree(path, "eval"), parse_sets(sets or []))
     recipe = validate(EvalRecipe, {**tree, "name": path.stem}, path.stem)
-    if recipe.science.protocol != kind:
+    if recipe.science.protocol.removesuffix("_augmented") != kind:
         raise UserError(f"recipe {path.stem} is of protocol {recipe.science.protocol}, not {kind}")
     return recipe
 
@@ -100,6 +101,8 @@ def evaluate(
     """Run the protocol and append its numbers; the main one comes first. seed None: the run's own, or 0."""
     if isinstance(recipe.science, Finetune):
         return [_finetune(recipe, run, data, seed, console or Console(quiet=True))]
+    if isinstance(recipe.science, AugmentedProbe):
+        return [_augmented_probe(recipe, run, data, seed, console or Console(quiet=True))]
     if isinstance(recipe.science, Robustness):
         return [_robustness(recipe, recipe.science, run, data)]
     began = time.perf_counter()
@@ -188,6 +191,38 @@ def _finetune(recipe: EvalRecipe, run: str, data: str | None, seed: int | None, 
     record = _record(
         facts, "finetune_top1", top1, val, data, protocol, condition, job.seed, size, spent, hardware=info["hardware"]
     )
+    write_json(folder / "run.json", {**info, "record": record.model_dump(mode="json")})
+    return record
+
+
+def _augmented_probe(recipe: EvalRecipe, run: str, data: str | None, seed: int | None, console: Console) -> Record:
+    """Train the probe's heads in a run folder of their own, then score val once. As `_finetune` in all else."""
+    s = recipe.science
+    assert isinstance(s, AugmentedProbe)
+    subject = open_subject(run, seed or 0)
+    data = data or subject.data
+    if data is None:
+        raise UserError(f"'{run}' does not say what data it was trained on; give --data SPEC")
+    train, val = both_splits(data)
+    pool, size = s.pool or subject.pool, subject.encoder.image[0]
+    science = {**s.model_dump(mode="json"), "pool": pool, "image_size": [size, size]}
+    protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
+    seed = subject.run.get("seed", 0) if seed is None else seed
+    job = ProbeJob(recipe, subject, data, train, pool, protocol, seed)
+    folder = home() / "runs" / job.folder_name
+    fit(job, folder, console)
+    info = read_run(folder)
+    if "record" in info:
+        console.print(f"{folder} is finished: the number below is the one it has in the ledger")
+        return Record.model_validate(info["record"])
+    began = time.perf_counter()
+    top1, lr = probe_top1(job, folder / "weights.safetensors", val, _device(), recipe.machine.workers)
+    spent = {**info["cost"], "wall_s": info["cost"]["wall_s"] + time.perf_counter() - began}
+    condition = {"pool": pool, "lr": lr, "probe_run": folder.name}
+    record = _record(
+        subject.facts(), "linprobe_top1", top1, val, data, protocol, condition, seed, size, spent,
+        hardware=info["hardware"],
+    )  # fmt: skip
     write_json(folder / "run.json", {**info, "record": record.model_dump(mode="json")})
     return record
 

@@ -33,6 +33,7 @@ def compare(a: str, b: str, records: list[Record], console: Console) -> dict[str
         if not seeds:
             continue
         x, y = ([side[key][s] for s in seeds] for side in (left, right))
+        half: float | None
         if len(seeds) > 1:
             difference, half, p = paired_difference([r.value for r in x], [r.value for r in y])
             test = f"paired t, {len(seeds)} seeds"

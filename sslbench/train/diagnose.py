@@ -34,6 +34,8 @@ def term_gradients(losses: dict[str, Tensor], encoder: VisionTransformer, fabric
     scaler: Any = getattr(fabric.strategy.precision, "scaler", None)
     scale = scaler.get_scale() if scaler is not None else 1.0  # fp16: without it small gradients are lost
     parameters = [p for p in encoder.parameters() if p.requires_grad]
+    if not parameters:  # a probe's encoder is frozen
+        return {}
     vectors = {}
     for name, term in terms.items():
         weight = torch.autograd.grad(losses["loss"], term, retain_graph=True)[0]

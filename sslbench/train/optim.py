@@ -1,4 +1,4 @@
-"""AdamW as MAE runs it, layer-wise decay of the learning rate, and the schedule."""
+"""AdamW as MAE runs it, layer-wise decay of the learning rate, LARS, and the schedule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..recipe import Optim
 
@@ -49,6 +49,40 @@ def layer_groups(module: nn.Module, depth: int, weight_decay: float, layer_decay
 def adamw(module: nn.Module, config: Optim, groups: list[dict[str, Any]] | None = None) -> torch.optim.AdamW:
     groups = groups or parameter_groups(module, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD whose step is, tensor by tensor, a share `trust` of the weights' norm (You et al. 2017; MAE util/lars.py).
+
+    Tensors of one dimension get plain SGD without decay. Leaves all alone where `found_inf` is set (see guard.py).
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float, trust: float = 0.001) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + group["weight_decay"] * p
+                    w, u = p.norm(), update.norm()
+                    update = update * torch.where((w > 0) & (u > 0), group["trust"] * w / u, 1.0)
+                state = self.state[p]
+                moved = group["momentum"] * state.get("velocity", torch.zeros_like(p)) + update
+                if self.found_inf is not None:
+                    still = state.get("velocity", torch.zeros_like(p))
+                    stop = self.found_inf > 0
+                    state["velocity"] = torch.where(stop, still, moved)
+                    p.copy_(torch.where(stop, p, p - group["lr"] * moved))
+                else:
+                    state["velocity"] = moved
+                    p.sub_(group["lr"] * moved)
 
 
 def learning_rate(config: Optim, batch_size: int, epoch: float, epochs: float) -> float:
