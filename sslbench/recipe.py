@@ -119,6 +119,8 @@ def data_name(spec: str) -> str:
     for part in spec.split("+"):
         kind, _, where = part.partition(":")
         name = Path(where).stem if kind in ("npz", "folder", "wds", "hfds") and where else kind
+        if kind in ("folder", "imagenet") and "@" in where:  # PATH@FILE: what FILE lists
+            name = Path(where.rpartition("@")[2]).stem
         name = re.sub(r"_(train|test|val)$", "", name)
         parts.append(re.sub(r"[^A-Za-z0-9.-]+", "-", name) or kind)
     return "+".join(parts)

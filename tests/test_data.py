@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,3 +157,41 @@ def test_coco_photographs_come_without_labels_and_a_wrong_layout_says_what_was_e
 def test_a_plan_knows_the_size_of_joined_sets_that_are_not_here():
     assert known_size("imagenet100+coco") == 126_689 + 118_287  # 59 full batches of 4,096: ASL's 47k iterations
     assert (known_size("imagenet100+coco") // 4096 * 800, known_size("builtin+folder:x")) == (47_200, None)
+
+
+def test_a_class_list_makes_a_subset_with_its_own_name(image_folder, tmp_path):
+    from sslbench.recipe import data_name
+
+    names = open_split(f"folder:{image_folder}", "train").classes
+    listed = tmp_path / "imagenet100.txt"
+    listed.write_text(f"{names[2]} its words\n\n{names[0]}\n")
+    for kind in ("folder", "imagenet"):
+        spec = f"{kind}:{image_folder}@{listed}"
+        train, val = open_split(spec, "train"), open_split(spec, "val")
+        assert train.classes == val.classes == sorted([names[0], names[2]])
+        assert (len(train), len(val)) == (20, 10) and train.labels.bincount().tolist() == [10, 10]
+        assert data_name(spec) == "imagenet100"
+    listed.write_text("unicorn\n")
+    with pytest.raises(UserError, match="lacks 1 of the classes listed: unicorn"):
+        open_split(f"folder:{image_folder}@{listed}", "train")
+    with pytest.raises(UserError, match="no class list"):
+        open_split(f"folder:{image_folder}@{tmp_path / 'none.txt'}", "train")
+
+
+def test_tiny_imagenet_as_it_is_published(image_folder, tmp_path):
+    """train/CLASS/images/*, val/images/* and val/val_annotations.txt, against the same images as ImageFolder."""
+    plain = {split: open_split(f"folder:{image_folder}", split) for split in ("train", "val")}
+    root, lines = tmp_path / "tiny-imagenet-200", []
+    for i, f in enumerate(plain["train"].files):
+        target = root / "train" / Path(f).parent / "images" / f"{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((image_folder / "train" / f).read_bytes())
+    (root / "val" / "images").mkdir(parents=True)
+    for i, f in enumerate(plain["val"].files):
+        (root / "val" / "images" / f"val_{i:03}.png").write_bytes((image_folder / "val" / f).read_bytes())
+        lines.append(f"val_{i:03}.png\t{Path(f).parent}\t0\t0\t32\t32\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    for split in ("train", "val"):
+        tiny = open_split(f"folder:{root}", split)
+        assert tiny.classes == plain[split].classes and tiny.labels.tolist() == plain[split].labels.tolist()
+    assert open_split(f"folder:{root}", "val").read(7).tobytes() == plain["val"].read(7).tobytes()

@@ -253,8 +253,11 @@ def _npz(path: Path, split: str) -> MemoryImages:
 def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderImages:
     """ImageFolder: PATH/train and PATH/val, each with a folder a class. Without class folders: no labels.
 
-    whole: PATH itself is the val split where it has none, as ImageNet-A comes.
+    whole: PATH itself is the val split where it has none, as ImageNet-A comes. PATH@FILE: only the classes that FILE
+    names, one a line, as ImageNet-100 is defined. Tiny-ImageNet as it is published works too: the classes of val/images
+    are in val/val_annotations.txt.
     """
+    path, only = _class_list(path)
     if not path.is_dir():
         raise UserError(f"data '{kind}:{path}': no such folder. {HINT}")
     root = next((path / word for word in SPLITS[split] if (path / word).is_dir()), None)
@@ -265,17 +268,27 @@ def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderIma
             f"data '{kind}:{path}': no {split} split; expected {path}/{SPLITS[split][0]}/CLASS/IMAGE, "
             f"found {_listing(path)}"
         )
+    if lacking := [c for c in only if not (root / c).is_dir()]:
+        raise UserError(
+            f"data '{kind}:{path}': {root} lacks {len(lacking)} of the classes listed: {', '.join(lacking[:5])}"
+        )
     files = sorted(
         os.path.relpath(os.path.join(folder, f), root)
-        for folder, _, names in os.walk(root, followlinks=True)
+        for top in (only or [""])
+        for folder, _, names in os.walk(root / top, followlinks=True)
         for f in names
         if os.path.splitext(f)[1].lower() in EXTENSIONS
     )
     if not files:
         raise UserError(f"data '{kind}:{path}': no images under {root} (looked for {', '.join(sorted(EXTENSIONS))})")
-    parents = [f.split(os.sep)[0] if os.sep in f else "" for f in files]
+    annotated = _annotations(root)
+    parents = [annotated.get(os.path.basename(f)) or (f.split(os.sep)[0] if os.sep in f else "") for f in files]
     classes = sorted(set(parents))
-    if kind == "imagenet" and len(classes) != 1000:
+    if only and (lacking := sorted(set(only) - set(classes))):
+        raise UserError(
+            f"data '{kind}:{path}': no images in {root} of {len(lacking)} listed classes: {lacking[0]}, ..."
+        )
+    if kind == "imagenet" and not only and len(classes) != 1000:
         raise UserError(
             f"data 'imagenet:{path}': {len(classes)} class folders in {root}, ImageNet-1K has 1000; "
             f"for another set of classes use folder:{path}"
@@ -283,7 +296,7 @@ def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderIma
     labels = None
     if "" not in classes:
         # Both splits count classes by the same names: val's folders are looked up among train's.
-        names = classes if split == "train" else _class_names(path) or classes
+        names = classes if split == "train" or only else _class_names(path) or classes
         unknown = sorted(set(classes) - set(names))
         if unknown:
             raise UserError(f"data '{kind}:{path}': {split} has classes that train lacks: {', '.join(unknown[:5])}")
@@ -291,6 +304,27 @@ def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderIma
         labels, classes = torch.tensor([index[p] for p in parents]), names
     name = "imagenet" if kind == "imagenet" else path.resolve().name
     return FolderImages(name, split, root, files, labels, classes if labels is not None else [])
+
+
+def _class_list(path: Path) -> tuple[Path, list[str]]:
+    """PATH@FILE -> PATH and the class names in FILE; PATH alone -> PATH and []."""
+    where, at, file = str(path).rpartition("@")
+    if not at or path.is_dir():
+        return path, []
+    if not Path(file).is_file():
+        raise UserError(f"data '{path}': no class list {file}; expected a text file with a class folder's name a line")
+    names = [line.split()[0] for line in Path(file).read_text().splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"data '{path}': the class list {file} is empty")
+    return Path(where), sorted(set(names))
+
+
+def _annotations(root: Path) -> dict[str, str]:
+    """{file name: class} of Tiny-ImageNet's val split, {} elsewhere."""
+    file = root / "val_annotations.txt"
+    if not file.is_file():
+        return {}
+    return {name: label for name, label, *_ in (line.split("\t") for line in file.read_text().splitlines() if line)}
 
 
 def _class_names(path: Path) -> list[str]:

@@ -121,7 +121,7 @@ def evaluate(
     if isinstance(s, Knn):
         seed = own
         ks = [s.main_k, *(k for k in s.k if k != s.main_k)]
-        by_k = knn_top1(*arrays, ks, s.temperature)
+        by_k = knn_top1(*arrays, ks, s.temperature, device=device)
         values: list[tuple[str, float, dict[str, Any]]] = [
             ("knn_top1" if k == s.main_k else f"knn_top1_k{k}", v, {"k": k}) for k, v in by_k.items()
         ]
