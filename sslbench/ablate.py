@@ -74,7 +74,8 @@ def ablate(
     table: str, scale: str, seed: int, data: str | None, sets: list[str], dry_run: bool, console: Console
 ) -> dict[str, Any]:
     """Run the rows one after the other, each resumed or skipped where it is there already, and print the table."""
-    from .train.loop import pretrain, run_name
+    from .train.job import run_name
+    from .train.loop import pretrain
 
     ablation = read_ablation(table)
     recipes = row_recipes(ablation, scale, seed, data, sets)  # all of them: a wrong row stops before the first runs

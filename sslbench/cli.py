@@ -127,21 +127,6 @@ def pretrain(
         answer(as_json, start(resolved, out, console(as_json)))
 
 
-def _evaluate(
-    kind: str,
-    run: str | None,
-    data: str | None,
-    recipe: str | None,
-    sets: Sets,
-    seed: int | None,
-    seeds: int,
-    as_json: bool,
-) -> None:
-    from .evaluate.run import eval_recipe, evaluate_named
-
-    answer(as_json, evaluate_named(eval_recipe(kind, recipe, sets or []), run, data, seed, seeds, console(as_json)))
-
-
 EvalData = Annotated[str | None, typer.Option("--data", help="Labelled data; the run's own if left out.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="Name or path of an eval recipe.")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
@@ -149,60 +134,26 @@ EvalSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Of the eval
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Evaluate with so many seeds; mean and interval.")]
 
 
-@eval_app.command("knn")
-def eval_knn(
-    run: Run = None,
-    data: EvalData = None,
-    recipe: RecipeName = None,
-    sets: Sets = None,
-    seed: EvalSeed = None,
-    seeds: Seeds = 1,
-    as_json: Json = False,
-) -> None:
-    """Weighted k-nearest neighbours on frozen features."""
-    _evaluate("knn", run, data, recipe, sets, seed, seeds, as_json)
+def _eval_command(kind: str, help: str) -> None:
+    @eval_app.command(kind, help=help)
+    def command(
+        run: Run = None,
+        data: EvalData = None,
+        recipe: RecipeName = None,
+        sets: Sets = None,
+        seed: EvalSeed = None,
+        seeds: Seeds = 1,
+        as_json: Json = False,
+    ) -> None:
+        from .evaluate.run import eval_recipe, evaluate_named
+
+        answer(as_json, evaluate_named(eval_recipe(kind, recipe, sets or []), run, data, seed, seeds, console(as_json)))
 
 
-@eval_app.command("linprobe")
-def eval_linprobe(
-    run: Run = None,
-    data: EvalData = None,
-    recipe: RecipeName = None,
-    sets: Sets = None,
-    seed: EvalSeed = None,
-    seeds: Seeds = 1,
-    as_json: Json = False,
-) -> None:
-    """A linear classifier on frozen features."""
-    _evaluate("linprobe", run, data, recipe, sets, seed, seeds, as_json)
-
-
-@eval_app.command("finetune")
-def eval_finetune(
-    run: Run = None,
-    data: EvalData = None,
-    recipe: RecipeName = None,
-    sets: Sets = None,
-    seed: EvalSeed = None,
-    seeds: Seeds = 1,
-    as_json: Json = False,
-) -> None:
-    """Train all weights with labels. The same command again resumes an unfinished one."""
-    _evaluate("finetune", run, data, recipe, sets, seed, seeds, as_json)
-
-
-@eval_app.command("robustness")
-def eval_robustness(
-    run: Run = None,
-    data: EvalData = None,
-    recipe: RecipeName = None,
-    sets: Sets = None,
-    seed: EvalSeed = None,
-    seeds: Seeds = 1,
-    as_json: Json = False,
-) -> None:
-    """A fine-tuned model on images from elsewhere: ImageNet-A, -R, -Sketch, a folder a class."""
-    _evaluate("robustness", run, data, recipe, sets, seed, seeds, as_json)
+_eval_command("knn", "Weighted k-nearest neighbours on frozen features.")
+_eval_command("linprobe", "A linear classifier on frozen features.")
+_eval_command("finetune", "Train all weights with labels. The same command again resumes an unfinished one.")
+_eval_command("robustness", "A fine-tuned model on images from elsewhere: ImageNet-A, -R, -Sketch, a folder a class.")
 
 
 @app.command()

@@ -106,7 +106,8 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
 
 def start(recipe: Recipe, out: Path | None, console: Console) -> dict[str, str]:
     """Run it, in `--out` or in runs/<name>."""
-    from .train.loop import pretrain, run_name
+    from .train.job import run_name
+    from .train.loop import pretrain
 
     folder = out or home() / "runs" / run_name(recipe)
     console.print(

@@ -17,7 +17,8 @@ from .paths import home
 from .pretrain import compose
 from .recipe import Recipe
 from .report.page import write_page
-from .train.loop import TrainStep, make_fabric, pretrain, run_name
+from .train.job import run_name
+from .train.loop import TrainStep, make_fabric, pretrain
 from .train.meter import build
 from .train.optim import adamw
 

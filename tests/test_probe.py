@@ -47,12 +47,12 @@ def test_heads_side_by_side_learn_as_each_would_alone(home):
     both = [f"science.lr={[0.05, 0.4]}", *QUICK]
     record = evaluate(eval_recipe("linprobe", "linprobe_mae", both), RUN, "builtin")[0]
     assert record.condition["lr"] in (0.05, 0.4) and record.metric == "linprobe_top1" and record.n == 1000
-    together = load_file(home / "runs" / record.condition["probe_run"] / "weights.safetensors")
+    together = load_file(home / "runs" / record.condition["eval_run"] / "weights.safetensors")
     assert not any(k.startswith("encoder.") for k in together)
     assert not together["heads.0.weight"].equal(together["heads.1.weight"])
     swapped = [f"science.lr={[0.4, 0.05]}", *QUICK]
     other = evaluate(eval_recipe("linprobe", "linprobe_mae", swapped), RUN, "builtin")[0]
-    crossed = load_file(home / "runs" / other.condition["probe_run"] / "weights.safetensors")
+    crossed = load_file(home / "runs" / other.condition["eval_run"] / "weights.safetensors")
     for a, b in ((0, 1), (1, 0)):
         torch.testing.assert_close(together[f"heads.{a}.weight"], crossed[f"heads.{b}.weight"], rtol=1e-4, atol=1e-6)
     assert other.value == pytest.approx(record.value, abs=0.2) and other.condition["lr"] == record.condition["lr"]

@@ -205,10 +205,10 @@ class _Centred(Dataset[tuple[Tensor, int, list[int]]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, list[int]]:
-        image, found, corrupt = _readable(self.data, index)
+        image, _, corrupt = _readable(self.data, index)
         (h, w), (top, left) = centre_window((image.height, image.width), self.size)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
-        return to_tensor(image.crop((left, top, left + self.size, top + self.size))), found, corrupt
+        return to_tensor(image.crop((left, top, left + self.size, top + self.size))), -1, corrupt
 
 
 def evaluation_sample(data: ImageSet, n: int, size: int) -> Tensor:

@@ -99,11 +99,8 @@ def find_weights(run: str, kind: str = "pretrain") -> tuple[Path, dict[str, Any]
             state = info.get("status", "no run")
             raise UserError(f"{path} holds no finished run ({state}); finish it with the command that started it")
         if info.get("kind", "pretrain") != kind:
-            raise UserError(
-                f"{path} is of a fine-tuning; give the pre-trained encoder, or use `sslbench eval robustness`"
-                if kind == "pretrain"
-                else f"{path} is a pre-trained encoder without a head; `sslbench eval finetune {run}` gives it one"
-            )
+            maker = {"pretrain": "sslbench pretrain", "finetune": "sslbench eval finetune"}[kind]
+            raise UserError(f"{path} is a {info.get('kind', 'pretrain')} run; give one that `{maker}` made")
         path = path / "weights.safetensors"
     if not path.is_file():
         raise UserError(f"no run folder and no weights file at {run}; `sslbench list runs` shows what there is")
@@ -160,13 +157,18 @@ def _public(
     return Subject(encoder, sha256, arch, "cls", mean, std, {}, None, method=method, name=method)
 
 
-def _from_file(path: Path, info: dict[str, Any]) -> Subject:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file that this suite wrote."""
     try:
         with safe_open(path, "pt") as f:
             meta = f.metadata() or {}
-        tensors = load_file(path)
+        return load_file(path), meta
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is not a safetensors file ({e})") from None
+
+
+def _from_file(path: Path, info: dict[str, Any]) -> Subject:
+    tensors, meta = read_safetensors(path)
     if "arch" not in meta:
         raise UserError(f"{path} does not say which arch it is; give weights that `sslbench pretrain` wrote")
     encoder = VisionTransformer(get_arch(meta["arch"]), int(meta["image_size"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageOps
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.mixup import Mixup
@@ -26,13 +23,13 @@ from ..data import ImageSet
 from ..data.loader import evaluation_batches, host_seed
 from ..errors import UserError
 from ..method import Method
-from ..recipe import Augment, Batch, Epochs, Machine, Optim, Strict, data_name, digest
-from ..train.loop import Job
+from ..recipe import Augment, Batch, Epochs, Optim, Strict
 from ..train.optim import adamw, layer_groups
 from ..train.state import write_atomically
 from ..views import normalise, one_view
 from ..vit import VisionTransformer, get_arch, pool_tokens, resample_positions
-from .features import Subject
+from .features import Subject, read_safetensors
+from .job import LabelledJob
 
 HEAD_STD = 2e-5  # of the head's initial weights
 
@@ -157,50 +154,29 @@ class Classifier(Method):
             return {"loss": F.cross_entropy(outputs["logits"].float(), outputs["targets"])}
 
 
-class FinetuneJob(Job):
-    """Fine-tuning of one subject on one data set, for the loop."""
-
+class FinetuneJob(LabelledJob):
     kind = "finetune"
-    too_large = "use --set science.batch_size="
-    labelled = True
+    metric = "finetune_top1"
 
-    def __init__(
-        self, recipe: Any, subject: Subject, spec: str, train: ImageSet, protocol: dict[str, str], seed: int
-    ) -> None:
-        s: Finetune = recipe.science
-        self.recipe: Any = recipe
-        self.science, self.subject, self.train, self.protocol = s, subject, train, protocol
-        self.label = f"finetune {subject.method} {subject.arch}"
-        self.machine: Machine = recipe.machine
-        self.optim, self.spec = s.optim, spec
-        self.seed, self.epochs, self.batch_size = seed, s.epochs, s.batch_size
-        self.image_size, self.crop_scale = s.image_size or subject.encoder.image[0], s.crop_scale
+    def __init__(self, recipe: Any, subject: Subject, spec: str, train: ImageSet, pool: str, seed: int) -> None:
+        super().__init__(recipe, subject, spec, train, pool, seed)
+        s: Finetune = self.science
         self.distort = Distortion(s.auto_augment, subject.mean) if s.auto_augment else None
         self.augment = Augment(crop_scale=s.crop_scale, flip=s.flip, mean=subject.mean, std=subject.std)
-        hash = digest([protocol["hash"], subject.sha256, data_name(spec)])
-        self.identity = {"arch": subject.arch, "recipe_hash": hash, "seed": seed}
-        origin = subject.path.parent.name if subject.run and subject.path else subject.name
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", origin)
-        self.folder_name = f"finetune_{stem}_{data_name(spec)}_{hash[:8]}" + (f"_s{seed}" if seed else "")
 
     def batch(self) -> Batch:
-        batch = Batch.divide(self.batch_size, self.machine)
+        batch = super().batch()
         if (self.science.mixup or self.science.cutmix) and batch.micro % 2:
             raise UserError(f"mixup pairs the images of a pass, so their number must be even, not {batch.micro}")
         return batch
-
-    def data(self) -> ImageSet:
-        return self.train
 
     def build(self) -> Classifier:
         encoder = resized(self.subject.encoder, self.image_size)
         return Classifier(self.science, encoder, self.augment, len(self.train.classes))
 
     def optimizer(self, method: Method) -> torch.optim.Optimizer:
-        depth = len(method.encoder.blocks)
-        return adamw(
-            method, self.optim, layer_groups(method, depth, self.optim.weight_decay, self.science.optim.layer_decay)
-        )
+        o, depth = self.science.optim, len(method.encoder.blocks)
+        return adamw(method, o, layer_groups(method, depth, o.weight_decay, o.layer_decay))
 
     def flops_per_image(self) -> float:
         with torch.device("meta"):
@@ -210,17 +186,11 @@ class FinetuneJob(Job):
                 model.logits(torch.zeros(2, 3, *encoder.image)).sum().backward()
         return counter.get_total_flops() / 2
 
-    def info(self) -> dict[str, Any]:
-        s = self.subject
-        return {
-            "method": s.method,
-            "arch": s.arch,
-            "data": data_name(self.spec),
-            "recipe": self.recipe.name,
-            "protocol": self.protocol,
-            "subject": s.facts(),
-            **self.identity,
-        }
+    def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[float, dict[str, Any]]:
+        assert val.labels is not None
+        model, _, _ = load_classifier(weights)
+        answer = predict(model, val, device, self.machine.workers).argmax(1)
+        return 100 * float((answer == val.labels).float().mean()), {"epochs": self.epochs}
 
     def save_weights(self, path: Path, method: Method) -> None:
         """Encoder and head under timm's names, with what rebuilds and explains them."""
@@ -250,13 +220,7 @@ def resized(encoder: VisionTransformer, image: int) -> VisionTransformer:
 
 def load_classifier(path: Path) -> tuple[Classifier, list[str], str]:
     """The fine-tuned model in `path`, the names of its classes, and its arch."""
-
-    try:
-        with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is not a safetensors file ({e})") from None
+    tensors, meta = read_safetensors(path)
     if meta.get("kind") != "classifier":
         raise UserError(f"{path} is not a fine-tuned model; `sslbench eval finetune` makes one of an encoder")
     classes = json.loads(meta["classes"])

@@ -6,7 +6,7 @@ augmentation is wanted, linprobe.py does it on cached features in seconds.
 
 from __future__ import annotations
 
-import re
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +16,18 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..data import ImageSet, subset
 from ..data.loader import evaluation_batches, seed_of
 from ..method import Method
-from ..recipe import Augment, Batch, Epochs, Machine, Optim, Strict, data_name, digest
-from ..train.loop import Job
+from ..recipe import Augment, Epochs, Optim, Strict
 from ..train.optim import Lars
 from ..train.state import write_atomically
 from ..views import normalise, one_view
 from ..vit import VisionTransformer, pool_tokens
 from .features import Subject
+from .job import LabelledJob
 
 HELD_OUT = 0.1  # of train, to choose a learning rate by
 
@@ -48,6 +49,13 @@ class AugmentedProbe(Strict):
     crop_scale: tuple[float, float] = (0.08, 1.0)
     flip: bool = True
     head_std: float = Field(0.01, gt=0)
+    image_size: None = None  # the encoder is frozen: that of its pre-training
+
+    @property
+    def optim(self) -> Optim:
+        """The schedule, of the first learning rate; each head's group has its ratio to it."""
+        base = self.lr[0] if self.scale_lr else self.lr[0] * 256 / self.batch_size
+        return Optim(lr=base, warmup_epochs=self.warmup_epochs, weight_decay=self.weight_decay)
 
 
 class Probe(Method):
@@ -96,42 +104,17 @@ class Probe(Method):
             }
 
 
-class ProbeJob(Job):
-    """A probe of one subject on one data set, for the loop."""
-
+class ProbeJob(LabelledJob):
     kind = "linprobe"
-    too_large = "use --set science.batch_size="
-    labelled = True
+    metric = "linprobe_top1"
 
-    def __init__(
-        self, recipe: Any, subject: Subject, spec: str, train: ImageSet, pool: str, protocol: dict[str, str], seed: int
-    ) -> None:
-        s: AugmentedProbe = recipe.science
-        self.recipe: Any = recipe
-        self.science, self.subject, self.pool, self.protocol = s, subject, pool, protocol
-        self.label = f"linprobe {subject.method} {subject.arch}"
-        self.machine: Machine = recipe.machine
-        self.spec, self.seed, self.epochs, self.batch_size = spec, seed, s.epochs, s.batch_size
-        self.image_size, self.crop_scale = subject.encoder.image[0], s.crop_scale
-        # The schedule is of the first rate; each head's group has its ratio to it.
-        base = s.lr[0] if s.scale_lr else s.lr[0] * 256 / s.batch_size
-        self.optim = Optim(lr=base, warmup_epochs=s.warmup_epochs, weight_decay=s.weight_decay)
+    def __init__(self, recipe: Any, subject: Subject, spec: str, train: ImageSet, pool: str, seed: int) -> None:
+        super().__init__(recipe, subject, spec, train, pool, seed)
         self.classes = train.classes
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of("held out", seed)))
-        held = max(1, round(HELD_OUT * len(train))) if len(s.lr) > 1 else 0
+        held = max(1, round(HELD_OUT * len(train))) if len(self.science.lr) > 1 else 0
         self.select = subset(train, order[:held]) if held else None
         self.train = subset(train, order[held:].sort().values) if held else train
-        hash = digest([protocol["hash"], subject.sha256, data_name(spec)])
-        self.identity = {"arch": subject.arch, "recipe_hash": hash, "seed": seed}
-        origin = subject.path.parent.name if subject.run and subject.path else subject.name
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", origin)
-        self.folder_name = f"linprobe_{stem}_{data_name(spec)}_{hash[:8]}" + (f"_s{seed}" if seed else "")
-
-    def batch(self) -> Batch:
-        return Batch.divide(self.batch_size, self.machine)
-
-    def data(self) -> ImageSet:
-        return self.train
 
     def build(self) -> Probe:
         s, subject = self.science, self.subject
@@ -152,23 +135,19 @@ class ProbeJob(Job):
         return torch.optim.AdamW(groups, self.optim.lr, weight_decay=s.weight_decay, fused=True)
 
     def flops_per_image(self) -> float:
-        from torch.utils.flop_counter import FlopCounterMode
-
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             encoder = VisionTransformer(self.subject.encoder.arch, self.image_size)
             encoder(torch.zeros(1, 3, *encoder.image))
         return float(counter.get_total_flops())  # forward alone; the heads are nothing beside it
 
-    def info(self) -> dict[str, Any]:
-        s = self.subject
-        return {
-            "method": s.method,
-            "data": data_name(self.spec),
-            "recipe": self.recipe.name,
-            "protocol": self.protocol,
-            "subject": s.facts(),
-            **self.identity,
-        }
+    def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[float, dict[str, Any]]:
+        """Of the head that does best on the held-out tenth of train."""
+        model = self.build()
+        model.load_state_dict({**model.state_dict(), **load_file(weights)})
+        model = model.to(device).eval()
+        top1 = partial(_top1, model, device=device, workers=self.machine.workers)
+        best = int(top1(self.select).argmax()) if self.select is not None else 0
+        return float(top1(val)[best]), {"lr": self.science.lr[best]}
 
     def save_weights(self, path: Path, method: Method) -> None:
         """The heads and their BatchNorm; the encoder stays where it is."""
@@ -177,20 +156,12 @@ class ProbeJob(Job):
 
 
 @torch.inference_mode()
-def probe_top1(job: ProbeJob, weights: Path, val: ImageSet, device: torch.device, workers: int) -> tuple[float, float]:
-    """(top-1 on val in percent, the learning rate): of the head that does best on the held-out tenth of train."""
-    model = job.build()
-    model.load_state_dict({**model.state_dict(), **load_file(weights)})
-    model = model.to(device).eval()
-
-    def hits(data: ImageSet, head: int | None = None) -> Tensor:
-        assert data.labels is not None
-        right, start = torch.zeros(len(model.heads)), 0
-        for images in evaluation_batches(data, model.encoder.image[0], 250, device, workers):
-            answer = model.logits(normalise(images, model.augment.mean, model.augment.std)).argmax(-1).cpu()
-            right += (answer == data.labels[start : start + len(images)]).sum(1)
-            start += len(images)
-        return 100 * right / len(data)
-
-    best = int(hits(job.select).argmax()) if job.select is not None else 0
-    return float(hits(val)[best]), job.science.lr[best]
+def _top1(model: Probe, data: ImageSet, device: torch.device, workers: int) -> Tensor:
+    """Of each head, in percent."""
+    assert data.labels is not None
+    right, start = torch.zeros(len(model.heads)), 0
+    for images in evaluation_batches(data, model.encoder.image[0], 250, device, workers):
+        answer = model.logits(normalise(images, model.augment.mean, model.augment.std)).argmax(-1).cpu()
+        right += (answer == data.labels[start : start + len(images)]).sum(1)
+        start += len(images)
+    return 100 * right / len(data)

@@ -1,4 +1,4 @@
-"""`sslbench eval`: a protocol over a frozen encoder, and its numbers into the ledger."""
+"""`sslbench eval`: a protocol over an encoder, and its numbers into the ledger."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from ..recipe import Machine, Strict, data_name, digest, find_recipe, merge, par
 from ..stats import mean_interval
 from ..train.loop import fit, read_run
 from ..train.state import sha256_file, write_json
-from .features import both_splits, extract, find_weights, newest_run, open_subject
+from .features import Subject, both_splits, extract, find_weights, newest_run, open_subject
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
+from .job import LabelledJob
 from .knn import knn_top1
 from .linprobe import linear_top1
-from .probe import AugmentedProbe, ProbeJob, probe_top1
+from .probe import AugmentedProbe, ProbeJob
 
 
 class Knn(Strict):
@@ -99,18 +100,13 @@ def evaluate(
     console: Console | None = None,
 ) -> list[Record]:
     """Run the protocol and append its numbers; the main one comes first. seed None: the run's own, or 0."""
-    if isinstance(recipe.science, Finetune):
-        return [_finetune(recipe, run, data, seed, console or Console(quiet=True))]
-    if isinstance(recipe.science, AugmentedProbe):
-        return [_augmented_probe(recipe, run, data, seed, console or Console(quiet=True))]
+    if isinstance(recipe.science, Finetune | AugmentedProbe):
+        return [_train_and_score(recipe, run, data, seed, console or Console(quiet=True))]
     if isinstance(recipe.science, Robustness):
         return [_robustness(recipe, recipe.science, run, data)]
     began = time.perf_counter()
     subject = open_subject(run, seed or 0, image_size)
-    data = data or subject.data
-    if data is None:
-        raise UserError(f"'{run}' does not say what data it was trained on; give --data SPEC")
-    train, val = both_splits(data)
+    data, train, val = _splits(subject, data)
     device = _device()
     pool = recipe.science.pool or subject.pool
     features = {d.split: extract(subject, d, device, recipe.machine.workers)[pool] for d in (train, val)}
@@ -139,76 +135,30 @@ def evaluate(
         values = [("linprobe_top1", top1, {"lr": lr})]
     science = {**s.model_dump(mode="json"), "pool": pool, "image_size": list(subject.encoder.image)}
     protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
-    wall = time.perf_counter() - began
+    spent = {"wall_s": time.perf_counter() - began}
     side = subject.encoder.image[0]
     return [
-        _record(
-            subject.facts(),
-            metric,
-            v,
-            val,
-            data,
-            protocol,
-            {**c, "pool": pool},
-            seed,
-            side,
-            {"wall_s": wall},
-            hardware=subject.run.get("hardware"),
-        )
+        _record(subject.facts(), metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, spent, subject.run)
         for metric, v, c in values
     ]
 
 
-def _finetune(recipe: EvalRecipe, run: str, data: str | None, seed: int | None, console: Console) -> Record:
-    """Fine-tune RUN in a run folder of its own, then score val once. A finished one gives the number it has."""
-    s = recipe.science
-    assert isinstance(s, Finetune)
-    subject = open_subject(run, seed or 0)
-    data = data or subject.data
-    if data is None:
-        raise UserError(f"'{run}' does not say what data it was trained on; give --data SPEC")
-    train, val = both_splits(data)
-    size = s.image_size or subject.encoder.image[0]
-    science = {**s.model_dump(mode="json"), "image_size": [size, size]}
-    protocol = {"name": f"{recipe.name}_{s.pool}", "hash": digest(science)}
-    job = FinetuneJob(recipe, subject, data, train, protocol, subject.run.get("seed", 0) if seed is None else seed)
-    folder = home() / "runs" / job.folder_name
-    fit(job, folder, console)
-    info = read_run(folder)
-    if "record" in info:
-        console.print(f"{folder} is finished: the number below is the one it has in the ledger")
-        return Record.model_validate(info["record"])
-    began = time.perf_counter()
-    device = _device()
-    model, _, _ = load_classifier(folder / "weights.safetensors")
-    assert val.labels is not None
-    logits = predict(model, val, device, recipe.machine.workers)
-    top1 = 100 * float((logits.argmax(1) == val.labels).float().mean())
-    wall = time.perf_counter() - began
-    spent = {**info["cost"], "wall_s": info["cost"]["wall_s"] + wall}
-    facts = {**subject.facts(), "sha256": info["weights_sha256"]}
-    condition = {"pool": s.pool, "epochs": s.epochs, "finetune_run": folder.name}
-    record = _record(
-        facts, "finetune_top1", top1, val, data, protocol, condition, job.seed, size, spent, hardware=info["hardware"]
-    )
-    write_json(folder / "run.json", {**info, "record": record.model_dump(mode="json")})
-    return record
+def _splits(subject: Subject, data: str | None) -> tuple[str, ImageSet, ImageSet]:
+    """The SPEC that is meant, its train and its val."""
+    spec = data or subject.data
+    if spec is None:
+        raise UserError(f"'{subject.name}' does not say what data it was trained on; give --data SPEC")
+    return spec, *both_splits(spec)
 
 
-def _augmented_probe(recipe: EvalRecipe, run: str, data: str | None, seed: int | None, console: Console) -> Record:
-    """Train the probe's heads in a run folder of their own, then score val once. As `_finetune` in all else."""
+def _train_and_score(recipe: EvalRecipe, run: str, data: str | None, seed: int | None, console: Console) -> Record:
+    """Train on RUN in a run folder of its own, then score val once. A finished one gives the number it has."""
     s = recipe.science
-    assert isinstance(s, AugmentedProbe)
     subject = open_subject(run, seed or 0)
-    data = data or subject.data
-    if data is None:
-        raise UserError(f"'{run}' does not say what data it was trained on; give --data SPEC")
-    train, val = both_splits(data)
-    pool, size = s.pool or subject.pool, subject.encoder.image[0]
-    science = {**s.model_dump(mode="json"), "pool": pool, "image_size": [size, size]}
-    protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
+    spec, train, val = _splits(subject, data)
     seed = subject.run.get("seed", 0) if seed is None else seed
-    job = ProbeJob(recipe, subject, data, train, pool, protocol, seed)
+    kind = FinetuneJob if isinstance(s, Finetune) else ProbeJob
+    job: LabelledJob = kind(recipe, subject, spec, train, s.pool or subject.pool, seed)  # type: ignore[union-attr]
     folder = home() / "runs" / job.folder_name
     fit(job, folder, console)
     info = read_run(folder)
@@ -216,13 +166,11 @@ def _augmented_probe(recipe: EvalRecipe, run: str, data: str | None, seed: int |
         console.print(f"{folder} is finished: the number below is the one it has in the ledger")
         return Record.model_validate(info["record"])
     began = time.perf_counter()
-    top1, lr = probe_top1(job, folder / "weights.safetensors", val, _device(), recipe.machine.workers)
+    top1, more = job.score(folder / "weights.safetensors", val, _device())
     spent = {**info["cost"], "wall_s": info["cost"]["wall_s"] + time.perf_counter() - began}
-    condition = {"pool": pool, "lr": lr, "probe_run": folder.name}
-    record = _record(
-        subject.facts(), "linprobe_top1", top1, val, data, protocol, condition, seed, size, spent,
-        hardware=info["hardware"],
-    )  # fmt: skip
+    facts = {**subject.facts(), "sha256": info["weights_sha256"]}
+    condition = {"pool": job.pool, **more, "eval_run": folder.name}
+    record = _record(facts, job.metric, top1, val, spec, job.protocol, condition, seed, job.image_size, spent, info)
     write_json(folder / "run.json", {**info, "record": record.model_dump(mode="json")})
     return record
 
@@ -258,13 +206,10 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
         "method": "unknown", "preset": None, "arch": arch, "pretrain": nothing, "cost": {},
     }  # fmt: skip
     facts = {**facts, "sha256": sha256_file(path)}
-    condition = {"classes": len(test.classes), "finetune_run": path.parent.name if info else None}
+    condition = {"classes": len(test.classes), "eval_run": path.parent.name if info else None}
     wall = time.perf_counter() - began
     spent = {**info.get("cost", {}), "wall_s": info.get("cost", {}).get("wall_s", 0.0) + wall}
-    return _record(
-        facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, spent,
-        hardware=info.get("hardware"),
-    )  # fmt: skip
+    return _record(facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, spent, info)
 
 
 def _device() -> torch.device:
@@ -282,9 +227,12 @@ def _record(
     seed: int,
     image_size: int,
     spent: dict[str, Any],
-    hardware: dict[str, Any] | None = None,
+    trained: dict[str, Any],
 ) -> Record:
-    """Into the ledger: the number, where it comes from, and what it cost, pre-training (in `facts`) and `spent`."""
+    """Into the ledger: the number, where it comes from, and what it cost, pre-training (in `facts`) and `spent`.
+
+    trained: run.json of the run that trained, {} where none did; its hardware is what counts.
+    """
     before, device = facts["cost"], _device().type
     wall = spent["wall_s"]
     flops = [c for c in (before.get("flops"), spent.get("flops")) if c is not None]
@@ -303,7 +251,7 @@ def _record(
             "seed": seed,
             "code": provenance.code(),
             "versions": provenance.versions(),
-            "hardware": hardware or provenance.hardware(device),
+            "hardware": trained.get("hardware") or provenance.hardware(device),
             "cost": {
                 "wall_s": (before.get("wall_s") or 0.0) + wall,
                 "device_hours": (before.get("device_hours") or 0.0) + spent.get("device_hours", wall / 3600),

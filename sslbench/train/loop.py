@@ -15,23 +15,20 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
-from PIL.Image import Image
-from pydantic import BaseModel
 from rich.console import Console
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from .. import provenance
-from ..data import ImageSet, open_split
 from ..data.loader import MicroBatches, seed_of
 from ..errors import Interrupted, RunFailed, UserError
 from ..method import Method
-from ..recipe import Batch, Machine, Recipe, data_name, dump
+from ..recipe import Batch, Machine, Recipe, dump
 from .device import bf16_is_fast, keep_freed_memory
 from .diagnose import CollapseMeters, term_gradients
 from .guard import FiniteGuard, Signals
-from .meter import Metrics, Running, Stopwatch, build, flops_per_image, progress_bar
-from .optim import adamw, learning_rate
+from .job import Job
+from .meter import Metrics, Running, Stopwatch, progress_bar
+from .optim import learning_rate
 from .state import newest_checkpoint, save_checkpoint, sha256_file, write_atomically, write_json
 
 
@@ -83,69 +80,6 @@ def make_fabric(machine: Machine) -> Fabric:
             strategy=DDPStrategy(broadcast_buffers=False) if machine.devices * machine.nodes > 1 else "auto",
             precision=precision,  # type: ignore[arg-type]
         )
-
-
-def run_name(recipe: Recipe) -> str:
-    s = recipe.science
-    method = Path(recipe.method.rpartition(":")[0]).stem if ":" in recipe.method else recipe.method
-    seed = f"_s{s.seed}" if s.seed else ""
-    return f"{method}_{s.arch}_{data_name(s.data.spec)}_{recipe.hash()[:8]}{seed}"
-
-
-class Job:
-    """What the loop trains, and what is kept of it. This one pre-trains; evaluate/finetune.py has the other."""
-
-    kind = "pretrain"
-    too_large = "use --batch-size"  # advice where a batch is more than there are images
-    distort: Callable[[Image], Image] | None = None  # of PIL crops
-    labelled = False  # whether a batch is (images, labels)
-
-    def __init__(self, recipe: Recipe) -> None:
-        s = recipe.science
-        self.recipe: BaseModel = recipe  # written into the run folder
-        self.label = f"{recipe.method} {s.arch}"
-        self.machine, self.optim, self.spec = recipe.machine, s.optim, s.data.spec
-        self.seed, self.epochs, self.batch_size = s.seed, s.epochs, s.batch_size
-        self.image_size, self.crop_scale = s.data.image_size or 0, s.augment.crop_scale
-        # A run folder belongs to one of these.
-        self.identity = {"arch": s.arch, "recipe_hash": recipe.hash(), "seed": s.seed}
-
-    def batch(self) -> Batch:
-        return Batch.of(self._pretraining)
-
-    def data(self) -> ImageSet:
-        return open_split(self.spec, "train")
-
-    def build(self) -> Method:
-        """The module; it may draw its weights from torch's global generator."""
-        return build(self._pretraining)
-
-    def optimizer(self, method: Method) -> torch.optim.Optimizer:
-        return adamw(method, self.optim)
-
-    def flops_per_image(self) -> float:
-        return flops_per_image(self._pretraining)
-
-    def info(self) -> dict[str, Any]:
-        """What run.json says of it, beside what it says of every run."""
-        r = self._pretraining
-        return {
-            "method": r.method,
-            "preset": preset_label(r),
-            "arch": r.science.arch,
-            "data": data_name(r.science.data.spec),
-            "recipe": r.name,
-            "recipe_hash": r.hash(),
-            "seed": r.science.seed,
-        }
-
-    def save_weights(self, path: Path, method: Method) -> None:
-        save_weights(path, method, self._pretraining)
-
-    @property
-    def _pretraining(self) -> Recipe:
-        assert isinstance(self.recipe, Recipe)
-        return self.recipe
 
 
 def pretrain(recipe: Recipe, folder: Path, console: Console, progress: bool = True) -> str:
@@ -400,34 +334,6 @@ class Run:
             self.job.save_weights(self.folder / "weights.safetensors", method)
             self.write("finished", weights_sha256=sha256_file(self.folder / "weights.safetensors"))
         self.fabric.barrier()
-
-
-def save_weights(path: Path, method: Method, recipe: Recipe) -> None:
-    """The encoder, float32, timm's names; the metadata says what rebuilds it."""
-    encoder = method.encoder
-    metadata = {
-        "arch": recipe.science.arch,
-        "image_size": str(recipe.science.data.image_size),
-        "method": recipe.method,
-        "pool": method.pool,
-        "mean": json.dumps(recipe.science.augment.mean),
-        "std": json.dumps(recipe.science.augment.std),
-        "recipe_hash": recipe.hash(),
-        "timm": encoder.arch.timm,
-        "timm_kwargs": json.dumps(encoder.arch.timm_kwargs(encoder.image[0])),
-    }
-    tensors = {k: v.detach().float().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    write_atomically(path, safetensors_bytes(tensors, metadata))
-
-
-def preset_label(recipe: Recipe) -> str:
-    """The preset's name, and what the recipe sets otherwise: `paper`, `paper+kappa=16`."""
-    from ..method import get_method
-
-    cls = get_method(recipe.method)
-    preset = cls.Config(**cls.presets[recipe.preset]).model_dump(mode="json")
-    changed = [f"{k}={recipe.science.method[k]}" for k, v in preset.items() if recipe.science.method[k] != v]
-    return "+".join([recipe.preset, *changed])
 
 
 def read_run(folder: Path) -> dict[str, Any]:

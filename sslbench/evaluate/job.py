@@ -1,0 +1,59 @@
+"""What learns from labels on the loop of pre-training: fine-tuning and the augmented probe share all but the model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import ImageSet
+from ..recipe import Batch, data_name, digest
+from ..train.job import Job
+from .features import Subject
+
+
+class LabelledJob(Job):
+    """One recipe on one subject and one data set. Subclasses say what to build, and how to score it."""
+
+    too_large = "use --set science.batch_size="
+    labelled = True
+    metric: str
+
+    def __init__(self, recipe: Any, subject: Subject, spec: str, train: ImageSet, pool: str, seed: int) -> None:
+        s = recipe.science
+        self.recipe: Any = recipe
+        self.science, self.subject, self.train, self.pool = s, subject, train, pool
+        self.label = f"{self.kind} {subject.method} {subject.arch}"
+        self.machine, self.optim, self.spec = recipe.machine, s.optim, spec
+        self.seed, self.epochs, self.batch_size = seed, s.epochs, s.batch_size
+        self.image_size, self.crop_scale = s.image_size or subject.encoder.image[0], s.crop_scale
+        size = [self.image_size, self.image_size]
+        science = {**s.model_dump(mode="json"), "pool": pool, "image_size": size}
+        self.protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
+        hash = digest([self.protocol["hash"], subject.sha256, data_name(spec)])
+        self.identity = {"arch": subject.arch, "recipe_hash": hash, "seed": seed}
+        origin = subject.path.parent.name if subject.run and subject.path else subject.name
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", origin)
+        self.folder_name = f"{self.kind}_{stem}_{data_name(spec)}_{hash[:8]}" + (f"_s{seed}" if seed else "")
+
+    def batch(self) -> Batch:
+        return Batch.divide(self.batch_size, self.machine)
+
+    def data(self) -> ImageSet:
+        return self.train
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "method": self.subject.method,
+            "data": data_name(self.spec),
+            "recipe": self.recipe.name,
+            "protocol": self.protocol,
+            "subject": self.subject.facts(),
+            **self.identity,
+        }
+
+    def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[float, dict[str, Any]]:
+        """(top-1 on val in percent, what a reader should know of it), from what `save_weights` wrote."""
+        raise NotImplementedError
