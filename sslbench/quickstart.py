@@ -55,7 +55,7 @@ def _sized(recipe: Recipe, seconds: float) -> Recipe:
     """The recipe with as many epochs as fit in `seconds` on this machine, a tenth of them warm-up."""
     steps = len(open_split(DATA, "train")) // recipe.science.batch_size
     done = max(1, int(seconds / _step_seconds(recipe)))
-    epochs = done / steps if done < steps else done // steps
+    epochs = done / steps
     science = recipe.science.model_copy(
         update={"epochs": epochs, "optim": recipe.science.optim.model_copy(update={"warmup_epochs": epochs / 10})}
     )
