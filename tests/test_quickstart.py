@@ -8,6 +8,7 @@ from rich.console import Console
 from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.method import methods
 from sslbench.pretrain import compose
+from sslbench.quickstart import SIZE
 from sslbench.train.loop import pretrain
 
 
@@ -31,11 +32,11 @@ def test_ocl_gains_four_points_of_knn_over_the_untrained_vit(home):
     quiet = Console(quiet=True)
     gains = []
     for seed in range(3):
-        recipe = compose("ocl", science={"data": {"spec": "builtin"}, "seed": seed})
+        recipe = compose("ocl", science={"data": {"spec": "builtin", "image_size": SIZE}, "seed": seed})
         pretrain(recipe, home / f"s{seed}", quiet, progress=False)
         trained, untrained = (
             evaluate(eval_recipe("knn"), run, "builtin", seed)[0].value
-            for run in (str(home / f"s{seed}"), "untrained:vit_mini4")
+            for run in (str(home / f"s{seed}"), f"untrained:vit_mini4@{SIZE}")
         )
         gains.append(trained - untrained)
     print("k-NN gains over the untrained ViT:", gains)
