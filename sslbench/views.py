@@ -122,24 +122,21 @@ def centre_window(size: tuple[int, int], crop: int) -> tuple[tuple[int, int], tu
     """(height, width) that an image of `size` is resized to, and (top, left) of the centre crop in it.
 
     The short side becomes crop / 0.875 (224 -> 256); the long side truncates and the offset rounds, as in torchvision.
+    Images no larger than the view are enlarged whole: there is nothing to crop. CIFAR at its own size stays as it is.
     """
+    if max(size) <= crop:
+        return (crop, crop), (0, 0)
     short = int(crop / 0.875)
     h, w = (short if side == min(size) else int(short * side / min(size)) for side in size)
     return (h, w), (round((h - crop) / 2), round((w - crop) / 2))
 
 
 def resize_centre(images: Tensor, size: int) -> Tensor:
-    """Evaluation's view: uint8 (B, C, H, W) -> float (B, C, size, size), resized and cropped at its centre.
-
-    Images no larger than the view are enlarged whole: there is nothing to crop. CIFAR at its own size stays as it is.
-    """
+    """Evaluation's view: uint8 (B, C, H, W) -> float (B, C, size, size), resized and cropped by `centre_window`."""
     h, w = images.shape[-2:]
     if (h, w) == (size, size):
         return images.float()
-    if max(h, w) <= size:
-        (rh, rw), (top, left) = (size, size), (0, 0)
-    else:
-        (rh, rw), (top, left) = centre_window((h, w), size)
+    (rh, rw), (top, left) = centre_window((h, w), size)
     ones = torch.ones(len(images), device=images.device)
     rows = resize_weights(top * h / rh * ones, size * h / rh * ones, h, size, beyond=True)
     columns = resize_weights(left * w / rw * ones, size * w / rw * ones, w, size, beyond=True)

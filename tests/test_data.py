@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
+from torchvision.transforms import functional as tv
+from torchvision.transforms.functional import InterpolationMode
 
 from sslbench.data import known_size, open_split
 from sslbench.data.check import check
 from sslbench.data.loader import MicroBatches, evaluation_batches
+from sslbench.data.sources import MemoryImages
 from sslbench.errors import RunFailed, UserError
 from sslbench.evaluate.features import both_splits
 
@@ -195,3 +200,83 @@ def test_tiny_imagenet_as_it_is_published(image_folder, tmp_path):
         tiny = open_split(f"folder:{root}", split)
         assert tiny.classes == plain[split].classes and tiny.labels.tolist() == plain[split].labels.tolist()
     assert open_split(f"folder:{root}", "val").read(7).tobytes() == plain["val"].read(7).tobytes()
+
+
+def pictures(n):
+    data = open_split("builtin", "train")
+    return [data.read(400 * (i % 10) + i // 10) for i in range(n)]
+
+
+def test_flowers_102_as_it_is_published(tmp_path):
+    root = tmp_path / "flowers102"
+    (root / "jpg").mkdir(parents=True)
+    for i, picture in enumerate(pictures(12), 1):
+        picture.save(root / "jpg" / f"image_{i:05}.jpg")
+    labels = [3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2]
+    savemat(root / "imagelabels.mat", {"labels": [labels]})
+    savemat(root / "setid.mat", {"trnid": [[5, 1]], "valid": [[2]], "tstid": [[3, 4, 6, 7, 8, 9, 10, 11, 12]]})
+    train, val = (open_split(f"folder:{root}", split) for split in ("train", "val"))
+    assert train.files == [f"jpg/image_{i:05}.jpg" for i in (1, 2, 5)] and len(val) == 9
+    assert train.labels.tolist() == [2, 0, 0] and train.classes == val.classes == ["1", "2", "3"]
+    found = check(f"folder:{root}")
+    assert found["ok"] and found["splits"]["val"]["images"] == 9 and found["splits"]["train"]["classes"] == 3
+    (root / "jpg" / "image_00005.jpg").unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of the 3 images of its train list: jpg/image_00005.jpg"):
+        open_split(f"folder:{root}", "train")
+    (root / "imagelabels.mat").write_bytes(b"no")
+    with pytest.raises(UserError, match="is not Flowers-102"):
+        open_split(f"folder:{root}", "val")
+
+
+@pytest.mark.parametrize("year", [2018, 2019])
+def test_inaturalist_as_it_is_published(tmp_path, monkeypatch, year):
+    root = tmp_path / "inat"
+    files = [f"train_val{year}/Aves/{c}/{i}.jpg" for i, c in enumerate([7, 2, 7, 2, 5, 5])]
+    for f, picture in zip(files, pictures(6), strict=True):
+        (root / f).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(root / f)
+    categories = [{"id": c, "name": f"bird {c}", "supercategory": "Aves"} for c in (7, 5, 2)]
+    for split, part in (("train", [0, 3, 4, 5]), ("val", [1, 2])):
+        images = [{"id": 100 + i, "file_name": files[i], "width": 32, "height": 32} for i in part]
+        annotations = [{"id": i, "image_id": 100 + i, "category_id": int(files[i].split("/")[2])} for i in part]
+        tree = {"images": images, "annotations": annotations[::-1], "categories": categories}
+        (root / f"{split}{year}.json").write_text(json.dumps(tree))
+    monkeypatch.setenv("SSLBENCH_DATA", str(tmp_path))
+    train, val = open_split("inat", "train"), open_split(f"folder:{root}", "val")
+    assert train.classes == val.classes == ["bird 2", "bird 5", "bird 7"]
+    at = {f: label for d in (train, val) for f, label in zip(d.files, d.labels.tolist(), strict=True)}
+    assert at == {f: {"2": 0, "5": 1, "7": 2}[f.split("/")[2]] for f in files} and len(val) == 2
+    (root / f"val{year}.json").write_text('{"images": []}')
+    with pytest.raises(UserError, match="is not an iNaturalist list"):
+        open_split(f"folder:{root}", "val")
+
+
+def expected_views(data, short, size):
+    """torchvision's Resize and CenterCrop of each image."""
+    resized = [tv.resize(data.read(i), short, InterpolationMode.BICUBIC) for i in range(len(data))]
+    return torch.stack([tv.pil_to_tensor(tv.center_crop(x, [size])) for x in resized]).float()
+
+
+@pytest.mark.parametrize(("size", "short"), [(24, [27]), (32, [32]), (40, [40])])
+def test_evaluation_views_of_small_images_are_torchvisions_pixel_for_pixel(image_folder, size, short):
+    """What is no larger than the view is enlarged whole. In memory as in files, there to one level of 255."""
+    data = open_split(f"folder:{image_folder}", "val")
+    got = torch.cat(list(evaluation_batches(data, size, 7, torch.device("cpu"), 0)))
+    assert got.equal(expected_views(data, short, size))
+    memory = torch.stack([tv.pil_to_tensor(data.read(i)) for i in range(len(data))])
+    memory = MemoryImages("memory", "val", memory, data.labels, data.classes)
+    same = torch.cat(list(evaluation_batches(memory, size, 7, torch.device("cpu"), 0)))
+    assert (same - got).abs().max() <= 1
+
+
+def test_evaluation_views_of_photographs_are_torchvisions_pixel_for_pixel(shared, tmp_path):
+    with tarfile.open(shared / "data" / "imagenette_mini.tar") as tar:
+        names = [m for m in tar.getmembers() if m.name.lower().endswith((".jpg", ".jpeg"))][:24]
+        for i, member in enumerate(names):
+            (tmp_path / "set" / "val").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "set" / "val" / f"{i:02}.jpg").write_bytes(tar.extractfile(member).read())
+    data = open_split(f"folder:{tmp_path / 'set'}", "val")
+    assert len({data.read(i).size for i in range(len(data))}) > 3
+    for size, short in ((224, 256), (96, 109)):
+        got = torch.cat(list(evaluation_batches(data, size, 8, torch.device("cpu"), 2)))
+        assert got.equal(expected_views(data, [short], size))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,10 @@ def test_every_eval_recipe_resolves_and_says_what_its_source_says():
     assert (ccmim.optim.lr, ccmim.optim.layer_decay) == (1e-3, 0.75)
     macrl, subsets = science["finetune_macrl_cifar"], science["finetune_macrl_subsets"]
     assert (macrl.epochs, subsets.epochs) == (200, 400) and not macrl.mixup and not macrl.label_smoothing
+    asl, inat, flowers = (science[f"finetune_{n}"] for n in ("asl", "ccmim_inat", "ccmim_flowers"))
+    assert asl == base and (inat.epochs, flowers.epochs) == (360, 1000)
+    assert inat.optim.lr * inat.batch_size / 256 == pytest.approx(3e-4) and inat.optim == flowers.optim
+    assert (science["linprobe_macrl_cifar"].epochs, science["linprobe_macrl_subsets"].epochs) == (200, 1000)
     assert (macrl.optim.lr, macrl.optim.weight_decay, macrl.batch_size) == (1.5e-3, 0.01, 2048)
 
 
@@ -194,6 +199,27 @@ def class_folders(root, names, per_class=6):
         for i, x in enumerate(data.images[data.labels == data.classes.index(name)][:per_class]):
             Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     return root
+
+
+def test_from_pre_training_through_fine_tuning_to_robustness(run_sslbench, tmp_path):
+    """The newest run is found at each step, and the last number knows the first run and all that was spent."""
+    pretrained = run_sslbench("pretrain", "mae", "--recipe", "mae_smoke", "--data", "builtin", "--json", home=tmp_path)
+    assert pretrained.returncode == 0, pretrained.stderr
+    run = Path(json.loads(pretrained.stdout.splitlines()[-1])["run"])
+    tuned = run_sslbench("eval", "finetune", "--recipe", "finetune_smoke", "--json", home=tmp_path)
+    assert tuned.returncode == 0 and run.name in tuned.stderr, tuned.stderr
+    top1 = json.loads(tuned.stdout.splitlines()[-1])
+    assert top1["pretrain"]["run"] == run.name and top1["n"] == 1000
+    assert top1["value"] > 10 + 3 * top1["stderr"]  # ten classes
+    hard = class_folders(tmp_path / "hard", ["cat", "frog", "ship", "truck"], per_class=100)
+    scored = run_sslbench("eval", "robustness", "--data", f"folder:{hard}", "--json", home=tmp_path)
+    assert scored.returncode == 0, scored.stderr
+    record = json.loads(scored.stdout.splitlines()[-1])
+    assert (record["method"], record["dataset"], record["n"]) == ("mae", "hard", 400)
+    assert record["pretrain"] == top1["pretrain"] and record["weights_sha256"] == top1["weights_sha256"]
+    assert record["value"] > 25 + 3 * record["stderr"]  # four classes
+    spent = json.loads((tmp_path / "runs" / run.name / "run.json").read_text())["cost"]
+    assert record["cost"]["wall_s"] > top1["cost"]["wall_s"] > spent["wall_s"] > 0
 
 
 def test_robustness_answers_among_the_classes_that_the_set_has(finetuned, run_sslbench, monkeypatch):

@@ -86,7 +86,7 @@ def test_an_image_too_long_for_any_box_falls_back_to_the_centre():
     ("size", "short", "view"),
     [((300, 400), 256, 224), ((401, 300), 256, 224), ((500, 230), 256, 224), ((33, 32), 18, 16)],
 )
-def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop_to_one_level(size, short, view):
+def test_the_evaluation_view_of_images_in_memory_is_torchvisions_to_one_level(size, short, view):
     picture = Image.fromarray(photographs()[0].permute(1, 2, 0).numpy())
     image = tv.resize(picture, size, InterpolationMode.BICUBIC)
     expected = tv.pil_to_tensor(tv.center_crop(tv.resize(image, [short], InterpolationMode.BICUBIC), [view])).float()

@@ -196,7 +196,7 @@ def _collate(items: list[tuple[Tensor, int, list[int]]]) -> tuple[Tensor, Tensor
 
 
 class _Centred(Dataset[tuple[Tensor, int, list[int]]]):
-    """index -> the evaluation view, uint8 (3, S, S): short side to S / 0.875, centre crop, as MAE evaluates."""
+    """index -> the evaluation view, uint8 (3, S, S), as MAE's: torchvision's Resize and CenterCrop of a PIL image."""
 
     def __init__(self, data: ImageSet, size: int) -> None:
         self.data, self.size = data, size

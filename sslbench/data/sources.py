@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from .layouts import published, tiny_imagenet
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 KINDS = ("builtin", "npz", "folder", "imagenet", "coco")
@@ -254,12 +255,15 @@ def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderIma
     """ImageFolder: PATH/train and PATH/val, each with a folder a class. Without class folders: no labels.
 
     whole: PATH itself is the val split where it has none, as ImageNet-A comes. PATH@FILE: only the classes that FILE
-    names, one a line, as ImageNet-100 is defined. Tiny-ImageNet as it is published works too: the classes of val/images
-    are in val/val_annotations.txt.
+    names, one a line, as ImageNet-100 is defined. Tiny-ImageNet as it is published works too (the classes of val/images
+    are in val/val_annotations.txt), and what layouts.py knows.
     """
     path, only = _class_list(path)
     if not path.is_dir():
         raise UserError(f"data '{kind}:{path}': no such folder. {HINT}")
+    if not only and (found := published(path, split)):
+        files, numbers, classes = found
+        return FolderImages(path.resolve().name, split, path, files, torch.tensor(numbers), classes)
     root = next((path / word for word in SPLITS[split] if (path / word).is_dir()), None)
     if root is None and split == "val" and whole:
         root = path
@@ -281,7 +285,7 @@ def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderIma
     )
     if not files:
         raise UserError(f"data '{kind}:{path}': no images under {root} (looked for {', '.join(sorted(EXTENSIONS))})")
-    annotated = _annotations(root)
+    annotated = tiny_imagenet(root)
     parents = [annotated.get(os.path.basename(f)) or (f.split(os.sep)[0] if os.sep in f else "") for f in files]
     classes = sorted(set(parents))
     if only and (lacking := sorted(set(only) - set(classes))):
@@ -317,14 +321,6 @@ def _class_list(path: Path) -> tuple[Path, list[str]]:
     if not names:
         raise UserError(f"data '{path}': the class list {file} is empty")
     return Path(where), sorted(set(names))
-
-
-def _annotations(root: Path) -> dict[str, str]:
-    """{file name: class} of Tiny-ImageNet's val split, {} elsewhere."""
-    file = root / "val_annotations.txt"
-    if not file.is_file():
-        return {}
-    return {name: label for name, label, *_ in (line.split("\t") for line in file.read_text().splitlines() if line)}
 
 
 def _class_names(path: Path) -> list[str]:
