@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from ..errors import UserError
 
@@ -40,7 +41,7 @@ def _flowers(path: Path, split: str) -> Listing:
         names = ("trnid", "valid") if split == "train" else ("tstid",)
         numbers = sorted(int(i) for name in names for i in parts[name].ravel())
         of = [int(labels[i - 1]) - 1 for i in numbers]
-    except (OSError, KeyError, ValueError, IndexError) as e:
+    except (OSError, KeyError, ValueError, IndexError, MatReadError) as e:
         raise UserError(f"{path} is not Flowers-102 (jpg/, imagelabels.mat, setid.mat): {e}") from None
     return [f"jpg/image_{i:05}.jpg" for i in numbers], of, [str(c + 1) for c in range(int(labels.max()))]
 
