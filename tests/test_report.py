@@ -188,9 +188,9 @@ def test_quickstarts_page_has_every_method_protocol_and_number(home, tmp_path, s
 
 
 def test_a_number_of_any_metric_is_on_the_page(home, tmp_path):
-    ap = {"metric": "box_ap", "dataset": "coco", "protocol": {"name": "coco", "hash": "d"}}
+    ap = {"metric": "bbox_ap", "dataset": "coco", "protocol": {"name": "coco", "hash": "d"}}
     write_page(records(fields(40), fields(51.5, **ap)), tmp_path)
-    assert "coco box_ap" in (tmp_path / "report.html").read_text() and "51.5" in (tmp_path / "report.csv").read_text()
+    assert "coco bbox_ap" in (tmp_path / "report.html").read_text() and "51.5" in (tmp_path / "report.csv").read_text()
 
 
 def test_an_empty_ledger_says_what_measures(home):
@@ -356,7 +356,7 @@ def test_seeds_are_one_number_and_recipes_and_protocols_are_several(home):
 def test_other_epochs_are_said_and_lines_that_a_record_cannot_tell_apart_stay_alone(home):
     ocl = records(at_paper_scale(74.0, epochs=800, method="ocl"))
     assert cell_of("ocl_t6", ["ocl", "vit_b16"], ocl)[0] == "74.2 [4] | 74.0 ± 0.2 (800 ep)"  # it prints 1600
-    box = {"metric": "box_ap", "dataset": "coco", "protocol": {"name": "coco", "hash": "d"}}
+    box = {"metric": "bbox_ap", "dataset": "coco", "protocol": {"name": "coco", "hash": "d"}}
     rows = records(*(at_paper_scale(50.0, epochs=e, weights_sha256=f"{e}", **box) for e in (400, 800)))
     assert cell_of("ocl_t7", ["mae", "vit_b16", "400"], rows)[0] == "50.6 | 50.0 ± 0.2"  # 400 and 1600 are printed
     assert cell_of("ocl_t7", ["mae", "vit_b16", "1600"], rows)[0] == "51.6"

@@ -262,7 +262,9 @@ def read_paper(name: str) -> pd.DataFrame:
 def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
     """A paper's table, with the ledger's numbers at scale `paper` beside the printed ones."""
     frame = read_paper(name)
-    frame["column"] = (frame["metric"].str.replace("_", " ") + " " + frame["dataset"]).str.strip()
+    frame["column"] = frame["metric"].str.replace("_", " ") + " " + frame["dataset"].str.replace("+", " + ")
+    frame["column"] = frame["column"].str.strip()
+    frame["condition"] = frame["condition"].str.replace("_", " ")
     frame["number"] = "number"
     keys, across = _layout(frame, name.endswith("_text"))
     columns = list(dict.fromkeys(frame[across]))
@@ -286,13 +288,23 @@ def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
 
 def _layout(frame: pd.DataFrame, text: bool) -> tuple[list[str], str]:
     """The columns that name a row, and the one whose values become columns."""
+    if text:  # claims, one a line; what a claim is about is said in one column
+        for k in ("pretrain_data", "condition"):
+            about = frame[k].map(lambda v: f" ({v.replace(';', ', ')})" if v else "")
+            frame["column"] += about if frame[k].nunique() > 1 else ""
+        return ["row", *(k for k in ("method", "arch", "epochs") if frame[k].nunique() > 1), "column"], "number"
     vary = [k for k in KEYS if frame[k].nunique() > 1]
-    if text:  # claims, one a line; most do not say the data
-        said = [k for k in vary if k != "pretrain_data" or len({*frame[k]} - {""}) > 1]
-        return ["row", *said, "column"], "number"
     if (frame.groupby("row")["column"].nunique() == 1).all() and frame["column"].nunique() > 1:
         return ["column", *(k for k in vary if k != "arch")], "arch"  # settings, one a row
-    return list(dict.fromkeys(["method", *vary])), "column"
+    # What each column has one of belongs to the column: its own arch, its own pre-training set.
+    of_column = [
+        k for k in ("arch", "pretrain_data") if k in vary and (frame.groupby("column")[k].nunique() == 1).all()
+    ]
+    if "arch" in of_column:
+        frame["column"] += " " + frame["arch"]
+    if "pretrain_data" in of_column and not (same := frame["pretrain_data"] == frame["dataset"]).all():
+        frame["column"] += frame["pretrain_data"].where(~same, "").map(lambda v: v and f" from {v}")
+    return list(dict.fromkeys(["method", *(k for k in vary if k not in of_column)])), "column"
 
 
 def _beside(line: Any, frame: pd.DataFrame, records: list[Record], remarks: list[str]) -> str:

@@ -27,7 +27,9 @@ def show(t: PaperTable, console: Console) -> None:
         console.print(table, soft_wrap=False)
         console.print()
     for note in t.notes:
-        console.print(textwrap.fill(note, console.width, subsequent_indent="    "), markup=False)
+        console.print(
+            textwrap.fill(note, console.width, subsequent_indent="    ", break_on_hyphens=False), markup=False
+        )
 
 
 def _blocks(t: PaperTable, width: int) -> list[tuple[list[int], list[int]]]:
