@@ -127,6 +127,38 @@ def pretrain(
         answer(as_json, start(resolved, out, console(as_json)))
 
 
+@app.command()
+def plan(
+    method: str,
+    arch: Annotated[str | None, typer.Option()] = None,
+    data: Annotated[str | None, typer.Option()] = None,
+    recipe: Annotated[str | None, typer.Option()] = None,
+    preset: Annotated[str | None, typer.Option()] = None,
+    epochs: Annotated[float | None, typer.Option(min=0)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    sets: Sets = None,
+    devices: Annotated[int | None, typer.Option(min=1)] = None,
+    nodes: Annotated[int | None, typer.Option(min=1)] = None,
+    precision: Annotated[str | None, typer.Option()] = None,
+    on: Annotated[str | None, typer.Option(help="Another machine, such as A100x4: from FLOPs, not measured.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="To calibrate for, about.")] = 20.0,
+    as_json: Json = False,
+) -> None:
+    """What a pre-training will take: hours, memory, disk, from a short run of it. Options as those of `pretrain`."""
+    from .plan import plan as run
+    from .pretrain import compose
+
+    resolved = compose(
+        method,
+        recipe=recipe,
+        preset=preset,
+        sets=sets or [],
+        science={"arch": arch, "data": {"spec": data}, "epochs": epochs, "batch_size": batch_size},
+        machine={"devices": devices, "nodes": nodes, "precision": precision},
+    )
+    answer(as_json, run(resolved, seconds, on, console(as_json)))
+
+
 EvalData = Annotated[str | None, typer.Option("--data", help="Labelled data; the run's own if left out.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="Name or path of an eval recipe.")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]

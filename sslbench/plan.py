@@ -1,0 +1,190 @@
+"""`sslbench plan`: hours, memory and disk of a pre-training, from a short run of it on this machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import provenance
+from .bench import matmul_peak
+from .data import known_size, open_split
+from .errors import UserError, nearest
+from .recipe import Batch, Recipe
+from .train.device import bf16_is_fast
+from .train.job import Job
+from .train.loop import fit, read_run
+from .train.meter import flops_per_image
+from .train.state import KEEP
+
+# Dense peaks in TFLOP/s of bf16 (V100, T4: fp16), from the vendors' data sheets.
+PEAK_TFLOPS = {
+    "T4": 65, "V100": 125, "A10": 125, "RTX4090": 165, "L40S": 362, "A100": 312, "H100": 989, "H200": 989,
+}  # fmt: skip
+# Of that peak, for machines that are not here: what OCL's 532 A100 hours for its ViT-L (section 1) come to.
+SHARE = 0.36
+STEPS = 8  # of a calibration, at least; half where they stand for larger ones
+
+
+@dataclass
+class Calibration:
+    """What a short run measured, in seconds, GiB and bytes; a step here has `batch` images."""
+
+    batch: int
+    first_s: float
+    step_s: float
+    look_s: float  # what a look at gradients and collapse adds to a step
+    save_s: float
+    memory_gib: float
+    checkpoint: int
+    weights: int
+    data: str
+
+
+def plan(recipe: Recipe, seconds: float, on: str | None, console: Console) -> dict[str, Any]:
+    """Print and return what the run will take: {"hours", "device_hours", "peak_memory_gib", "disk_gib", ...}.
+
+    `seconds`: about how long to calibrate for. Where a step of the recipe is too long for that, the steps are of fewer
+    images and time and memory are scaled, which the answer says. `on`: DEVICExN, from FLOPs alone.
+    """
+    batch, s, m = Batch.of(recipe), recipe.science, recipe.machine
+    images = known_size(s.data.spec) or len(open_split(s.data.spec, "train"))
+    per_epoch = images // batch.total
+    if not per_epoch:
+        raise UserError(f"a batch of {batch.total} is more than the {images} images of '{s.data.spec}'")
+    steps, flops = round(per_epoch * s.epochs), flops_per_image(recipe)
+    answer: dict[str, Any] = {"method": recipe.method, "arch": s.arch, "epochs": s.epochs, "steps": steps,
+                              "batch": str(batch), "flops": flops * steps * batch.total}  # fmt: skip
+    if on:
+        return _elsewhere(answer, on, console)
+    mine = batch.total // batch.world  # images a step on one device
+    few = _affordable(flops, mine, seconds)
+    whole = few >= mine
+    a = calibrate(recipe, mine if whole else few, batch.micro if whole else few, seconds)
+    memory = a.memory_gib
+    if not whole and few < batch.micro:
+        half = max(2, few // 2)
+        b = calibrate(recipe, half, half, 0)
+        memory += max(0.0, a.memory_gib - b.memory_gib) / max(1, few - half) * (batch.micro - few)
+    scale = mine / a.batch
+    save_every = m.save_every or max(per_epoch, min(steps // 100, 500), 1)
+    looks, saves = math.ceil(steps / m.meters_every), math.ceil(steps / save_every)
+    wall = a.first_s * scale + a.step_s * scale * (steps - 1) + a.look_s * scale * looks + a.save_s * saves
+    answer |= {
+        "hours": wall / 3600,
+        "device_hours": wall / 3600 * batch.world,
+        "peak_memory_gib": round(memory, 2),
+        "disk_gib": round((KEEP * a.checkpoint + a.weights) / 2**30, 3),
+        "images_per_s": steps * batch.total / wall if wall else None,
+        "calibration": {"images_a_step": a.batch, "data": a.data, "scaled": not whole},
+        "hardware": provenance.hardware(_device().type, batch.world),
+    }
+    _show(answer, batch, console)
+    return answer
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _affordable(flops: float, most: int, seconds: float) -> int:
+    """Images a step, so that STEPS of them take no more than `seconds`."""
+    device = _device()
+    dtype = torch.bfloat16 if bf16_is_fast(device.type) else torch.float32
+    rate = SHARE * matmul_peak(device, dtype) / flops
+    return min(most, max(4, int(rate * seconds / STEPS) // 2 * 2))
+
+
+def calibrate(recipe: Recipe, batch: int, micro: int, seconds: float) -> Calibration:
+    """Train `recipe` for some steps of `batch` images on one device, through the loop, in a folder that is not kept."""
+    short = recipe.model_copy(deep=True)
+    s, m = short.science, short.machine
+    whole = batch == s.batch_size
+    m.devices, m.nodes, m.log_every, m.meters_every, m.save_every = 1, 1, 1, 10**9, None
+    s.batch_size = batch
+    if not whole:
+        s.contrastive_batch = min(s.contrastive_batch or batch, batch)
+        m.micro_batch = None if micro == batch else micro
+    try:
+        data = open_split(s.data.spec, "train")
+    except UserError:
+        s.data.spec = "builtin"
+        data = open_split("builtin", "train")
+    if len(data) < batch:
+        raise UserError(f"to calibrate, a step of {batch} images needs as many; '{s.data.spec}' has {len(data)}")
+    per_epoch = len(data) // batch
+    steps = STEPS if whole else STEPS // 2
+    for _ in range(2):  # the second time for as long as was asked, if the first was quicker
+        s.epochs = steps / per_epoch
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            fit(Job(short), Path(folder), Console(quiet=True), progress=False)
+            took = time.perf_counter() - began
+            found = _read(Path(folder), batch, s.data.spec)
+        more = int(min(200, steps * seconds / took))
+        if more < 2 * steps:
+            break
+        steps = more
+    return found
+
+
+def _read(folder: Path, batch: int, data: str) -> Calibration:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = [batch / line["images_per_s"] for line in lines if "images_per_s" in line]
+    run = read_run(folder)
+    usual = statistics.median(times[1:-1])
+    return Calibration(
+        batch=batch,
+        first_s=times[0],
+        step_s=usual,
+        look_s=max(0.0, times[-1] - usual),  # the last step always looks
+        save_s=max(0.0, run["cost"]["wall_s"] - sum(times)),
+        memory_gib=run["cost"]["peak_memory_gib"],
+        checkpoint=max(p.stat().st_size for p in (folder / "checkpoints").glob("*.pt")),
+        weights=(folder / "weights.safetensors").stat().st_size,
+        data=data,
+    )
+
+
+def _elsewhere(answer: dict[str, Any], on: str, console: Console) -> dict[str, Any]:
+    found = re.fullmatch(r"([A-Za-z0-9]+?)(?:x(\d+))?", on)
+    name = next((k for k in PEAK_TFLOPS if found and k.lower() == found[1].lower()), None)
+    if name is None or found is None:
+        raise UserError(f"--on {on}: expected DEVICExN, such as A100x4{nearest(on, PEAK_TFLOPS)}; "
+                        f"known: {', '.join(PEAK_TFLOPS)}")  # fmt: skip
+    devices = int(found[2] or 1)
+    hours = answer["flops"] / (devices * PEAK_TFLOPS[name] * 1e12 * SHARE) / 3600
+    answer |= {"hours": hours, "device_hours": hours * devices, "on": f"{name}x{devices}", "assumed_share": SHARE}
+    console.print(
+        f"about {_time(hours)} on {devices} {name}, {hours * devices:,.1f} device hours: not measured, but "
+        f"{answer['flops']:.3g} FLOP at {SHARE:.0%} of {devices} x {PEAK_TFLOPS[name]} TFLOP/s"
+    )
+    return answer
+
+
+def _show(answer: dict[str, Any], batch: Batch, console: Console) -> None:
+    c, h = answer["calibration"], answer["hardware"]
+    console.print(f"steps      {answer['steps']:,} of {batch}")
+    console.print(f"time       {_time(answer['hours'])}, {answer['device_hours']:,.2f} device hours")
+    console.print(f"memory     {answer['peak_memory_gib']:.2f} GiB a device at its peak")
+    console.print(f"disk       {answer['disk_gib']:.3f} GiB")
+    console.print(f"compute    {answer['flops']:.3g} FLOP")
+    console.print(f"on         {h['devices']} x {h['device']}, {h['threads']} threads")
+    scaled = f"; scaled from steps of {c['images_a_step']} images" if c["scaled"] else ""
+    apart = "" if batch.world == 1 else "; what devices send each other is not counted"
+    console.print(f"measured   over some steps on '{c['data']}'{scaled}{apart}")
+
+
+def _time(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:,.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"

@@ -1,0 +1,51 @@
+"""`sslbench plan` against the runs that it plans."""
+
+import json
+
+import pytest
+
+from sslbench.plan import PEAK_TFLOPS, SHARE
+
+RUN = ["mae", "--data", "builtin", "--recipe", "mae_smoke", "--epochs", "4"]
+
+
+def last_json(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_plan_is_what_the_run_then_takes(run_sslbench, tmp_path):
+    """The machine's speed drifts, so half as much again is let pass here; on a quiet one it is within 10 %."""
+    planned = last_json(run_sslbench("plan", *RUN, "--json", home=tmp_path))
+    assert not (tmp_path / "runs").exists() and not planned["calibration"]["scaled"]
+    run = last_json(run_sslbench("pretrain", *RUN, "--json", home=tmp_path))["run"]
+    cost = json.loads((tmp_path / run / "run.json").read_text())["cost"]
+    assert planned["flops"] == pytest.approx(cost["flops"])
+    assert cost["wall_s"] / 1.5 < planned["hours"] * 3600 < cost["wall_s"] * 1.5
+    assert planned["peak_memory_gib"] == pytest.approx(cost["peak_memory_gib"], rel=0.1)
+    kept = sum(p.stat().st_size for p in (tmp_path / run).rglob("*") if p.suffix in (".pt", ".safetensors"))
+    assert planned["disk_gib"] * 2**30 == pytest.approx(kept, rel=0.02)
+
+
+def test_another_machine_is_planned_from_flops_and_says_so(invoke):
+    done = invoke("plan", "ocl", "--arch", "vit_l16", "--on", "a100x4", "--json")
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["device_hours"] == pytest.approx(answer["flops"] / (PEAK_TFLOPS["A100"] * 1e12 * SHARE * 3600))
+    assert answer["device_hours"] == pytest.approx(532, rel=0.02)  # OCL, section 1: 133 hours on 4 A100
+    assert answer["hours"] == pytest.approx(answer["device_hours"] / 4) and "not measured" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["ocl", "--on", "abacus"], "DEVICExN"),
+        (["ocl", "--on", "A100x4x4"], "DEVICExN"),
+        (["oci"], "ocl"),
+        (["mae", "--data", "builtin", "--batch-size", "5000"], "more than the 4000 images"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_2(invoke, args, says):
+    done = invoke("plan", *args)
+    assert done.exit_code == 2 and says in done.output + done.stderr
