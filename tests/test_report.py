@@ -13,9 +13,12 @@ from rich.console import Console
 
 from sslbench import ledger
 from sslbench.errors import UserError
+from sslbench.evaluate.run import eval_recipe
+from sslbench.recipe import digest
 from sslbench.report import figures
 from sslbench.report.page import report, write_page
-from sslbench.report.tables import paper_tables, read_paper, reported_beside_measured, summary, tables
+from sslbench.report.papers import paper_tables, read_paper, reported_beside_measured
+from sslbench.report.tables import summary, tables
 
 METHODS = ["asl", "ccmim", "macrl", "mae", "mocov3", "ocl"]
 PROTOCOLS = {name: name.split("_")[0] + "_top1" for name in ("knn_cls", "knn_mean", "linprobe_cls", "linprobe_mean")}
@@ -272,9 +275,15 @@ def test_the_cost_axis_has_a_label_on_either_side_of_the_points(costs):
 # ---------------------------------------------------------------------------------------------- the papers' tables
 
 
+def protocol(recipe="linprobe_mae", pool="cls", *sets):
+    """As `sslbench eval` writes it for a ViT of 224 pixels."""
+    science = eval_recipe(recipe.split("_")[0], recipe, list(sets)).science.model_dump(mode="json")
+    return {"name": f"{recipe}_{pool}", "hash": digest({**science, "pool": pool, "image_size": [224, 224]})}
+
+
 def at_paper_scale(value, metric="linprobe_top1", epochs=1600, method="mae", **over):
     base = {"scale": "paper", "arch": "vit_b16", "dataset": "imagenet", "metric": metric, "stderr": 0.1,
-            "protocol": {"name": "linprobe_cls", "hash": "p" * 12},
+            "protocol": protocol(),
             "pretrain": pretrain(data="imagenet", epochs=epochs, recipe_hash=f"{method}{epochs}")}  # fmt: skip
     return fields(value, method, **{**base, **over})
 
@@ -314,7 +323,7 @@ def test_what_a_paper_prints_twice_under_one_name_takes_two_lines(home, tmp_path
     head = "paper,table,row,method,arch,pretrain_data,epochs,condition,metric,dataset,value,unit,note\n"
     line = "x,t1,1,ocl,vit_b16,imagenet,800,,linprobe_top1,imagenet,{},%,\n"
     (tmp_path / "x_t1.csv").write_text(head + line.format(74.2) + line.format(74.3))
-    monkeypatch.setattr("sslbench.report.tables.bundled", lambda _: tmp_path)
+    monkeypatch.setattr("sslbench.report.papers.bundled", lambda _: tmp_path)
     table = reported_beside_measured("x_t1", records(at_paper_scale(74, epochs=800, method="ocl")))
     assert table.rows == [["ocl", "74.2"], ["ocl", "74.3"]]
     assert table.common == "vit_b16, pre-trained on imagenet, 800 epochs"
@@ -335,30 +344,57 @@ def test_a_table_in_the_terminal_keeps_its_width_and_every_word(home, name, colu
 def test_measured_stands_beside_reported_at_the_papers_scale_alone(home):
     measured = records(at_paper_scale(67.5), at_paper_scale(60, seed=1, scale="tiny"))
     beside = cell_of("ocl_t6", ["mae", "vit_b16"], measured)
-    assert beside == ["68.0 | 67.5 ± 0.2", "83.6"]
+    assert beside == ["68.0 | 67.5 ± 0.2 (-0.5)", "83.6"]
     assert cell_of("ocl_t6", ["mae", "vit_l16"], []) == ["76.0", "85.9"]
+
+
+def test_a_number_under_another_protocol_is_not_the_rows(home):
+    """The same recipe's name with one value changed, another recipe, and the cached probe."""
+    for other in (protocol("linprobe_mae", "cls", "science.epochs=89"), protocol("linprobe_ccmim", "mean"),
+                  {"name": "linprobe_cls", "hash": "p" * 12}):  # fmt: skip
+        measured = records(at_paper_scale(67.5, protocol=other, weights_sha256=other["hash"]))
+        assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == "68.0"
+
+
+def test_small_sets_tables_take_numbers_of_their_own_epochs_alone(home):
+    """MACRL's Table 2 has rows of 100 and of 200 epochs of probing after 2,000 of pre-training."""
+
+    def shown(epochs, probe):
+        science = eval_recipe("linprobe", "linprobe_macrl_cifar", [f"science.epochs={probe}"]).science
+        hash = digest({**science.model_dump(mode="json"), "pool": "mean_all", "image_size": [32, 32]})
+        measured = at_paper_scale(85.0, method="macrl", arch="macrl12", dataset="cifar10", scale="cifar",
+                                  protocol={"name": "linprobe_macrl_cifar_mean_all", "hash": hash},
+                                  pretrain=pretrain(data="cifar10", epochs=epochs))  # fmt: skip
+        table = reported_beside_measured("macrl_t2", records(measured))
+        return [row[1] for row in table.rows if "| 85.0" in row[2]]
+
+    assert shown(2000, 200) == ["linprobe epochs=200"] and shown(2000, 100) == ["linprobe epochs=100"]
+    assert shown(100, 200) == shown(2000, 7) == []
 
 
 def test_seeds_are_one_number_and_recipes_and_protocols_are_several(home):
     measured = records(*(at_paper_scale(v, seed=s) for s, v in enumerate((67, 68))))
-    assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == "68.0 | 67.5 ± 6.4"  # t(.975, 1) 0.5
-    mean = {"protocol": {"name": "linprobe_mean", "hash": "q" * 12}, "weights_sha256": "w"}
+    assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == "68.0 | 67.5 ± 6.4 (-0.5)"  # t(.975, 1) 0.5
+    mean = {"protocol": protocol(pool="mean"), "weights_sha256": "w"}
     measured += records(at_paper_scale(66, **mean))
     assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == (
-        "68.0 | 67.5 ± 6.4 (linprobe_cls, pppppp) | 66.0 ± 0.2 (linprobe_mean, qqqqqq)"
+        f"68.0 | 67.5 ± 6.4 (-0.5, linprobe_mae_cls, {protocol()['hash'][:6]})"
+        f" | 66.0 ± 0.2 (-2.0, linprobe_mae_mean, {mean['protocol']['hash'][:6]})"
     )
     other = at_paper_scale(65, pretrain=pretrain(data="imagenet", epochs=1600, recipe_hash="z"))
     assert cell_of("ocl_t6", ["mae", "vit_b16"], records(fields(), other, at_paper_scale(64)))[0] == (
-        "68.0 | 64.0 ± 0.2 (mae160) | 65.0 ± 0.2 (z)"
+        "68.0 | 64.0 ± 0.2 (-4.0, mae160) | 65.0 ± 0.2 (-3.0, z)"
     )
 
 
 def test_other_epochs_are_said_and_lines_that_a_record_cannot_tell_apart_stay_alone(home):
     ocl = records(at_paper_scale(74.0, epochs=800, method="ocl"))
-    assert cell_of("ocl_t6", ["ocl", "vit_b16"], ocl)[0] == "74.2 [4] | 74.0 ± 0.2 (800 ep)"  # it prints 1600
-    box = {"metric": "bbox_ap", "dataset": "coco", "protocol": {"name": "coco", "hash": "d"}}
+    assert cell_of("ocl_t6", ["ocl", "vit_b16"], ocl)[0] == "74.2 [4] | 74.0 ± 0.2 (-0.2, 800 ep)"  # it prints 1600
+    box = {"metric": "bbox_ap", "dataset": "coco", "protocol": {"name": "coco_ocl", "hash": "d"}}
     rows = records(*(at_paper_scale(50.0, epochs=e, weights_sha256=f"{e}", **box) for e in (400, 800)))
-    assert cell_of("ocl_t7", ["mae", "vit_b16", "400"], rows)[0] == "50.6 | 50.0 ± 0.2"  # 400 and 1600 are printed
+    assert (
+        cell_of("ocl_t7", ["mae", "vit_b16", "400"], rows)[0] == "50.6 | 50.0 ± 0.2 (-0.6)"
+    )  # 400 and 1600 are printed
     assert cell_of("ocl_t7", ["mae", "vit_b16", "1600"], rows)[0] == "51.6"
     large = records(at_paper_scale(85, "finetune_top1", 800, "ocl", arch="vit_l16"))
     kappa = reported_beside_measured("ocl_t5", large)  # five values of kappa, which a record does not know

@@ -17,7 +17,8 @@ from ..ledger import Record
 from ..paths import home
 from ..train.state import write_atomically
 from . import figures
-from .tables import MAIN_METRICS, Cell, PaperTable, Row, Table, paper_tables, reported_beside_measured, summary, tables
+from .papers import PaperTable, paper_tables, reported_beside_measured
+from .tables import MAIN_METRICS, Cell, Row, Table, summary, tables
 from .terminal import show
 
 FORMATS = ("html", "md", "csv")

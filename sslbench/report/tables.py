@@ -6,15 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import pandas as pd
-
-from ..errors import UserError, nearest
 from ..ledger import Record
-from ..paths import bundled
 from ..stats import mean_interval
 
 MAIN_METRICS = ("knn_top1", "linprobe_top1", "finetune_top1")
@@ -130,13 +125,13 @@ def _table(key: tuple[str, ...], group: list[Record], title: str) -> Table:
     names = _column_names(group)
     by_row: dict[RowKey, list[Record]] = defaultdict(list)
     for r in group:
-        by_row[_row_key(r)].append(r)
+        by_row[row_key(r)].append(r)
     rows = []
-    for row_key, members in sorted(by_row.items(), key=lambda item: item[0]):
-        row = Row(_row_label(row_key, by_row), row_key[1])
+    for named, members in sorted(by_row.items(), key=lambda item: item[0]):
+        row = Row(_row_label(named, by_row), named[1])
         for column, name in names.items():
             if chosen := [r for r in members if _column(r) == column]:
-                row.cells[name] = _cell(chosen)
+                row.cells[name] = cell_of(chosen)
         rows.append(row)
     table = Table(title, key, list(names.values()), rows)
     if base := table.base:
@@ -146,7 +141,7 @@ def _table(key: tuple[str, ...], group: list[Record], title: str) -> Table:
     return table
 
 
-def _row_key(r: Record) -> RowKey:
+def row_key(r: Record) -> RowKey:
     """Sorts the untrained ViT first. Weights that no recipe stands behind are a row of their own."""
     trained = r.method != UNTRAINED
     recipe = r.pretrain.recipe_hash or (r.weights_sha256 if trained else "")
@@ -191,7 +186,7 @@ def _plain_name(protocol: str, metric: str) -> str:
     return f"{protocol} {metric}"
 
 
-def _cell(records: list[Record]) -> Cell:
+def cell_of(records: list[Record]) -> Cell:
     """Seeds are averaged (of one seed trained twice, the newest counts); one seed has its test images' interval."""
     by_seed = {r.seed: r for r in sorted(records, key=lambda r: (r.created, r.id))}
     chosen = [by_seed[s] for s in sorted(by_seed)]
@@ -221,119 +216,3 @@ def _lead(table: Table, column: str) -> str:
     if a.half is None or b.half is None:
         return lead
     return f"{lead}, {'more than' if gap > math.hypot(a.half, b.half) else 'within'} the 95 % noise of the two"
-
-
-# ------------------------------------------------------------------------------------------------- the papers' tables
-
-# What may tell rows apart; and how the table says it once where it does not.
-KEYS = {"method": "{}", "arch": "{}", "pretrain_data": "pre-trained on {}", "epochs": "{} epochs", "condition": "{}"}
-
-
-@dataclass
-class PaperTable:
-    """A paper's table in rows and columns; a cell is `reported [footnote]`, then `| measured` where there is one."""
-
-    name: str
-    common: str  # what every row has in common, and no column repeats
-    header: list[str]
-    keys: int  # how many of the columns, from the left, name the row
-    rows: list[list[str]]
-    notes: list[str]
-
-
-def paper_tables() -> dict[str, Path]:
-    """`ocl_t6` -> its CSV, in the papers' order."""
-
-    def order(path: Path) -> tuple[str, int]:
-        paper, _, number = path.stem.partition("_t")
-        return paper, int(number) if number.isdigit() else 99
-
-    return {p.stem: p for p in sorted(bundled("results/paper").glob("*.csv"), key=order)}
-
-
-def read_paper(name: str) -> pd.DataFrame:
-    """A paper's table as printed, every column as text."""
-    known = paper_tables()
-    if name not in known:
-        raise UserError(f"unknown table '{name}'{nearest(name, known)}; `sslbench list tables` shows all")
-    return pd.read_csv(known[name], dtype=str, keep_default_na=False)
-
-
-def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
-    """A paper's table, with the ledger's numbers at scale `paper` beside the printed ones."""
-    frame = read_paper(name)
-    frame["column"] = frame["metric"].str.replace("_", " ") + " " + frame["dataset"].str.replace("+", " + ")
-    frame["column"] = frame["column"].str.strip()
-    frame["condition"] = frame["condition"].str.replace("_", " ")
-    frame["number"] = "number"
-    keys, across = _layout(frame, name.endswith("_text"))
-    columns = list(dict.fromkeys(frame[across]))
-    if across != "number":
-        frame["unit"] = frame["unit"].replace("%", "")  # what a column of accuracies is in goes without saying
-    # What the paper prints twice under one name takes two lines: no number hides another.
-    frame["nth"] = frame.groupby(["row", *keys, across]).cumcount()
-    remarks = list(dict.fromkeys(n for n in frame["note"] if n))
-    measured = [r for r in newest(records) if r.scale == "paper"]
-    rows = []
-    for _, group in frame.groupby(["row", *keys, "nth"], sort=False):
-        cells = {line[across]: _beside(line, frame, measured, remarks) for _, line in group.iterrows()}
-        rows.append([group.iloc[0][k].replace(";", ", ") for k in keys] + [cells.get(c, "") for c in columns])
-    once = {k: frame[k].iloc[0] for k in KEYS if k not in (*keys, across) and frame[k].nunique() == 1}
-    common = ", ".join(KEYS[k].format(v.replace(";", ", ")) for k, v in once.items() if v)
-    names = {"column": "setting", "row": "where", "pretrain_data": "pre-trained on"}
-    header = [names.get(k, k) for k in keys] + [c or "number" for c in columns]
-    notes = [f"[{i}] {note}" for i, note in enumerate(remarks, 1)]
-    return PaperTable(name, common, header, len(keys), rows, notes)
-
-
-def _layout(frame: pd.DataFrame, text: bool) -> tuple[list[str], str]:
-    """The columns that name a row, and the one whose values become columns."""
-    if text:  # claims, one a line; what a claim is about is said in one column
-        for k in ("pretrain_data", "condition"):
-            about = frame[k].map(lambda v: f" ({v.replace(';', ', ')})" if v else "")
-            frame["column"] += about if frame[k].nunique() > 1 else ""
-        return ["row", *(k for k in ("method", "arch", "epochs") if frame[k].nunique() > 1), "column"], "number"
-    vary = [k for k in KEYS if frame[k].nunique() > 1]
-    if (frame.groupby("row")["column"].nunique() == 1).all() and frame["column"].nunique() > 1:
-        return ["column", *(k for k in vary if k != "arch")], "arch"  # settings, one a row
-    # What each column has one of belongs to the column: its own arch, its own pre-training set.
-    of_column = [
-        k for k in ("arch", "pretrain_data") if k in vary and (frame.groupby("column")[k].nunique() == 1).all()
-    ]
-    if "arch" in of_column:
-        frame["column"] += " " + frame["arch"]
-    if "pretrain_data" in of_column and not (same := frame["pretrain_data"] == frame["dataset"]).all():
-        frame["column"] += frame["pretrain_data"].where(~same, "").map(lambda v: v and f" from {v}")
-    return list(dict.fromkeys(["method", *(k for k in vary if k not in of_column)])), "column"
-
-
-def _beside(line: Any, frame: pd.DataFrame, records: list[Record], remarks: list[str]) -> str:
-    """`74.2 [1] | 73.9 ± 0.2 (800 ep)`: as printed, with the number of its note, and as measured."""
-    mark = f"[{remarks.index(line['note']) + 1}]" if line["note"] else ""
-    printed = " ".join(part for part in (line["value"] or "-", line["unit"], mark) if part)
-    return " | ".join([printed, *_measured(line, frame, records)])
-
-
-def _measured(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[str]:
-    """What the ledger has for a printed number, each protocol and recipe for itself.
-
-    Nothing where the table has several lines of this method, arch, data and metric that a record cannot tell apart:
-    it knows its epochs, but not a row's condition. Where the line is the only one, a record of other epochs says so.
-    """
-    same = ["method", "arch", "pretrain_data", "metric", "dataset"]
-    alike = frame[(frame[same] == line[same]).all(axis=1)]
-    if (alike["epochs"] == line["epochs"]).sum() > 1:
-        return []
-    found: dict[tuple[RowKey, str, str], list[Record]] = defaultdict(list)
-    for r in records:
-        comparable = [r.method, r.arch, r.pretrain.data, r.metric, r.dataset] == list(line[same])
-        if comparable and (len(alike) == 1 or line["epochs"] == f"{r.pretrain.epochs or 0:g}"):
-            found[_row_key(r), r.protocol.name, r.protocol.hash].append(r)
-    several = [len({*part}) > 1 for part in zip(*((key[-1], *protocol) for key, *protocol in found), strict=True)]
-    out = []
-    for ((_, _, epochs, preset, recipe), protocol, digest), group in sorted(found.items()):
-        words = [preset] if preset not in ("", "paper") else []
-        words += [f"{epochs:g} ep" if epochs else "unknown epochs"] if f"{epochs:g}" != line["epochs"] else []
-        words += [part for part, told in zip((recipe[:6], protocol, digest[:6]), several, strict=True) if told]
-        out.append(f"{_cell(group)} ({', '.join(words)})" if words else str(_cell(group)))
-    return out

@@ -8,7 +8,7 @@ from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from .tables import PaperTable
+from .papers import PaperTable
 
 GAP = 2
 WIDE = 24  # a cell up to this is kept on one line; `74.2 [1] | 73.9 ± 0.2 (800 ep)` is longer
