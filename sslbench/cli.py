@@ -208,7 +208,7 @@ def ablate(
 def report(
     tables: Annotated[list[str] | None, typer.Argument(help="Such as ocl_t6; all if left out.")] = None,
     out: Out = None,
-    format: Annotated[str, typer.Option("--format", help="Any of html,md,csv.")] = "html,md,csv",
+    format: Annotated[str, typer.Option("--format", help="Any of html,md,csv,tex.")] = "html,md,csv",
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option("--compare", metavar="A B", help="Two runs or methods, tested seed by seed."),

@@ -1,9 +1,7 @@
-"""`sslbench report`: the ledger and the papers' tables as one page, and as Markdown and CSV."""
+"""`sslbench report`: the ledger and the papers' tables as one page; in other formats by text.py."""
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from html import escape
 from pathlib import Path
@@ -17,21 +15,22 @@ from ..ledger import Record
 from ..paths import home
 from ..train.state import write_atomically
 from . import figures
-from .papers import PaperTable, paper_tables, reported_beside_measured
-from .tables import MAIN_METRICS, Cell, Row, Table, summary, tables
+from .papers import (
+    PAPERS,
+    Deviation,
+    Disagreement,
+    PaperTable,
+    deviations,
+    disagreements,
+    paper_tables,
+    reported_beside_measured,
+)
+from .tables import MAIN_METRICS, Cell, Table, summary, tables
 from .terminal import show
+from .text import BESIDE, COST_HEADS, DEVIATE, DISAGREE, HOW, NOTHING, Content, as_csv, cost, latex, markdown
 
-FORMATS = ("html", "md", "csv")
+FORMATS = ("html", "md", "csv", "tex")
 TITLE = "sslbench report"
-NOTHING = "Nothing is measured yet. `sslbench quickstart` measures in minutes; `sslbench eval knn` adds a number."
-HOW = (
-    "A cell is top-1 accuracy in percent with the half-width of its 95 % interval: over seeds (Student t) where there "
-    "are several, else over the test images (binomial). In brackets: the difference to the untrained ViT."
-)
-BESIDE = (
-    "As printed; `-` where the paper prints no number. After the bar, what was measured with the same method, arch, "
-    "data and metric at the paper's scale; where its epochs are not the paper's, it says so."
-)
 
 
 def report(names: list[str], out: Path | None, formats: str, console: Console) -> dict[str, Any]:
@@ -62,6 +61,9 @@ def write_page(
     main = tables(records)
     other = tables(records, tuple({r.metric for r in records} - {*MAIN_METRICS}))
     beside = [reported_beside_measured(name, records) for name in paper_tables()] if papers else []
+    content = Content(
+        title, notes or [], main, other, beside, disagreements() if papers else [], deviations() if papers else []
+    )
     files: dict[str, bytes] = {}
     for i, t in enumerate(main, 1):
         for name, figure in (("accuracy", figures.accuracy(t)), ("compute", figures.compute(t))):
@@ -69,76 +71,18 @@ def write_page(
                 if figure is not None:
                     files[f"figures/{name}_{i}.{kind}"] = figures.picture(figure, kind)
     if "html" in wanted:
-        files["report.html"] = _html(title, main, other, beside, notes or [], files).encode()
+        files["report.html"] = _html(content, files).encode()
     if "md" in wanted:
-        files["report.md"] = _markdown(title, main, beside, notes or []).encode()
+        files["report.md"] = markdown(content).encode()
     if "csv" in wanted:
-        files["report.csv"] = _csv(main + other).encode()
-    for name, content in files.items():
-        write_atomically(out / name, content)
+        files["report.csv"] = as_csv(main + other).encode()
+    if "tex" in wanted:
+        files["report.tex"] = latex(content).encode()
+    for name, blob in files.items():
+        write_atomically(out / name, blob)
     numbers = sum(len(row.cells) for t in main for row in t.rows)
     first = next((out / f"report.{f}" for f in FORMATS if f in wanted), out)
     return {"report": str(first), "files": [str(out / f) for f in sorted(files)], "numbers": numbers}
-
-
-def _cost(row: Row) -> list[str]:
-    """Epochs, images seen, wall time and compute of pre-training, the last two means over seeds; blank if not known."""
-    wall, flops, p = row.wall_s(), row.flops(), row.first.pretrain
-    return [
-        f"{p.epochs:.4g}" if p.epochs else "",
-        f"{p.images_seen:,}" if p.images_seen else "",
-        f"{wall:,.0f}" if wall else "",
-        f"{flops / 1e12:,.1f}" if flops else "",
-    ]
-
-
-COST_HEADS = ["epochs", "images", "wall s", "TFLOP"]
-
-
-def _text(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    return f"{cell} ({cell.gain:+z.1f})" if cell.gain is not None else str(cell)
-
-
-# ------------------------------------------------------------------------------------------------------------ Markdown
-
-
-def _grid(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows])
-
-
-def _markdown(title: str, main: list[Table], beside: list[PaperTable], notes: list[str]) -> str:
-    parts = [f"# {title}", *notes, HOW if main else NOTHING]
-    for t in main:
-        rows = [[row.label, *(_text(row.cells.get(c)) for c in t.columns), *_cost(row)] for row in t.rows]
-        parts += [f"## {t.title}", "\n".join(f"* {line}" for line in summary(t))]
-        parts += [_grid(["method", *t.columns, *COST_HEADS], rows)]
-    parts += ["## The papers' tables, reported | measured", BESIDE] if beside else []
-    for paper in beside:
-        remarks = "\n".join(f"* {note}" for note in paper.notes)
-        parts += [f"### {paper.name}", paper.common, _grid(paper.header, paper.rows), remarks]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _csv(all_tables: list[Table]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["scale", "dataset", "data_fingerprint", "pretrain_data", "arch", "method", "recipe_hash",
-                     "protocol", "protocol_hash", "metric", "value", "half_width", "interval_over", "seeds", "gain",
-                     "record_ids"])  # fmt: skip
-    for t in all_tables:
-        for row in t.rows:
-            for cell in row.cells.values():
-                r = cell.records[0]
-                writer.writerow([*t.key, row.label, r.pretrain.recipe_hash or "", r.protocol.name, r.protocol.hash,
-                                 r.metric, f"{cell.value:.4f}",
-                                 "" if cell.half is None else f"{cell.half:.4f}", cell.over,
-                                 " ".join(str(x.seed) for x in cell.records),
-                                 "" if cell.gain is None else f"{cell.gain:.4f}",
-                                 " ".join(x.id for x in cell.records)])  # fmt: skip
-    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------- HTML
@@ -171,31 +115,64 @@ th.key, td.key { text-align: left; } .paper th, .paper td { white-space: normal;
 .paper td:not(.key) { min-width: 5rem; } ul.notes { list-style: none; padding: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .3rem 0 1rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+pre { overflow-x: auto; font-size: .85rem; line-height: 1.4; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
-.columns { columns: 26rem; } .columns details { margin: 0; padding: .2rem 0; }
+.columns { columns: 26rem; } .columns pre { overflow-x: auto; font-size: .85rem; line-height: 1.4; }
+details { margin: 0; padding: .2rem 0; }
 """
 
 
-def _html(
-    title: str, main: list[Table], other: list[Table], beside: list[PaperTable], notes: list[str],
-    files: dict[str, bytes],
-) -> str:  # fmt: skip
-    body = [f"<h1>{escape(title)}</h1>", *(f'<p class="note">{_prose(n)}</p>' for n in notes)]
-    how = f"{_prose(HOW)} A number opens its provenance." if main else _prose(NOTHING)
+def _html(c: Content, files: dict[str, bytes]) -> str:
+    body = [f"<h1>{escape(c.title)}</h1>", *(f'<p class="note">{_prose(n)}</p>' for n in c.notes)]
+    how = f"{_prose(HOW)} A number opens its provenance." if c.main else _prose(NOTHING)
     body.append(f'<p class="soft">{how}</p>')
-    body += [_html_measured(t, files, i) for i, t in enumerate(main, 1)]
-    if other:
-        inner = "".join(f"<h3>{escape(t.title)}</h3>{_html_table(t)}" for t in other)
+    body += [_html_measured(t, files, i) for i, t in enumerate(c.main, 1)]
+    if c.other:
+        inner = "".join(f"<h3>{escape(t.title)}</h3>{_html_table(t)}" for t in c.other)
         body.append(f"<details><summary>Other numbers</summary>{inner}</details>")
-    if beside:
+    if c.beside:
         body.append(f'<h2>The papers\' tables, reported | measured</h2><p class="soft">{_prose(BESIDE)}</p>')
-        body += [_html_paper_table(t) for t in beside]
-    body += _html_provenance(main + other)
+    for paper, title in PAPERS.items():
+        its = [_html_paper_table(t) for t in c.beside if t.name.startswith(f"{paper}_")]
+        body += [f"<h3>{escape(title)}</h3>", *its] if its else []
+    body += _html_disagreements(c.disagreements) + _html_deviations(c.deviations)
+    body += _html_provenance(c.main + c.other)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<title>{escape(c.title)}</title><style>{CSS}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
     )
+
+
+def _html_disagreements(found: list[Disagreement]) -> list[str]:
+    if not found:
+        return []
+    parts = [f'<h2>What the papers disagree on</h2><p class="soft">{_prose(DISAGREE)}</p>']
+    for paper, title in PAPERS.items():
+        rows = "".join(
+            f'<tr><td class="key">{escape(d.table.partition("_")[2])}</td><td class="key">{escape(d.where)}</td>'
+            f'<td class="key">{escape(d.printed)}</td><td class="key">{escape(d.against)}</td></tr>'
+            for d in found
+            if d.table.startswith(f"{paper}_")
+        )
+        head = "".join(f'<th class="key">{h}</th>' for h in ("table", "where", "printed", "against"))
+        parts.append(
+            f"<details><summary>{escape(title)}</summary>"
+            f'<div class="scroll paper"><table><tr>{head}</tr>{rows}</table></div></details>'
+        )
+    return parts
+
+
+def _html_deviations(found: list[Deviation]) -> list[str]:
+    parts = [f'<h2>Deviations</h2><p class="soft">{_prose(DEVIATE)}</p>'] if found else []
+    for d in found:
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(x)}</td>' for x in row)}</tr>" for row in d.settings)
+        head = "".join(f"<th>{escape(h)}</th>" for h in ("setting", *d.presets))
+        table = f"<table><tr>{head}</tr>{rows}</table>" if rows else ""
+        parts.append(f"<details><summary>{escape(d.method)}</summary><pre>{escape(d.head)}</pre>{table}</details>")
+    return parts
 
 
 def _prose(text: str) -> str:
@@ -244,10 +221,10 @@ def _html_table(t: Table) -> str:
     rows = []
     for row in t.rows:
         cells = "".join(_html_cell(row.cells.get(c)) for c in t.columns)
-        cost = "".join(f"<td>{escape(c)}</td>" for c in _cost(row))
+        spent = "".join(f"<td>{escape(c)}</td>" for c in cost(row))
         base = ' class="base"' if row is t.base else ""
         settings = "random weights" if row is t.base else f"preset {row.first.preset or 'unknown'}"
-        rows.append(f'<tr{base}><td title="{escape(settings)}">{escape(row.label)}</td>{cells}{cost}</tr>')
+        rows.append(f'<tr{base}><td title="{escape(settings)}">{escape(row.label)}</td>{cells}{spent}</tr>')
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
