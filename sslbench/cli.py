@@ -213,11 +213,18 @@ def report(
         tuple[str, str] | None,
         typer.Option("--compare", metavar="A B", help="Two runs or methods, tested seed by seed."),
     ] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="The commands that would fill the tables.")] = False,
     as_json: Json = False,
 ) -> None:
     """Every measured number beside the reported one, as a page; or one table in the terminal."""
     from .report.page import report as run
 
+    if missing:
+        from .ledger import read
+        from .report.missing import missing as find
+
+        answer(as_json, find(tables or [], read(), console(as_json)))
+        return
     if compare:
         from .ledger import read
         from .report.compare import compare as test

@@ -16,8 +16,9 @@ from sslbench.errors import UserError
 from sslbench.evaluate.run import eval_recipe
 from sslbench.recipe import digest
 from sslbench.report import figures
+from sslbench.report.missing import missing
 from sslbench.report.page import report, write_page
-from sslbench.report.papers import paper_tables, read_paper, reported_beside_measured
+from sslbench.report.papers import PAPERS, deviations, disagreements, paper_tables, read_paper, reported_beside_measured
 from sslbench.report.tables import summary, tables
 
 METHODS = ["asl", "ccmim", "macrl", "mae", "mocov3", "ocl"]
@@ -399,3 +400,101 @@ def test_other_epochs_are_said_and_lines_that_a_record_cannot_tell_apart_stay_al
     large = records(at_paper_scale(85, "finetune_top1", 800, "ocl", arch="vit_l16"))
     kappa = reported_beside_measured("ocl_t5", large)  # five values of kappa, which a record does not know
     assert not any("|" in cell for row in kappa.rows for cell in row)
+
+
+# ------------------------------------------------------------------- what the papers disagree on; what is missing
+
+COUNTS = {  # numbers and dashes that each table prints; two people counted, apart
+    "micl": [12, 30, 25, 16, 5, 42], "asl": [18, 15, 70, 18, 10, 16, 15], "ccmim": [80, 119, 50, 27, 16],
+    "macrl": [8, 8, 12, 12], "ocl": [12, 30, 20, 16, 5, 44, 66, 21, 16, 16, 14],
+}  # fmt: skip
+
+
+def test_every_table_of_every_paper_is_there_with_every_cell():
+    for paper, counts in COUNTS.items():
+        assert [len(read_paper(f"{paper}_t{i}")) for i in range(1, len(counts) + 1)] == counts
+        assert f"{paper}_t{len(counts) + 1}" not in ALL_TABLES and f"{paper}_text" in ALL_TABLES
+    assert len(read_paper("asl_loss")) == 4
+
+
+SHORT = {"linprobe", "finetune"}
+
+
+def gains():
+    """(claim, what its paper's tables give) of every gain over a baseline that the texts claim and the tables have."""
+    for paper in COUNTS:
+        cells = [line for name in ALL_TABLES if name.startswith(f"{paper}_t") and "text" not in name
+                 for _, line in read_paper(name).iterrows()]  # fmt: skip
+        for _, claim in read_paper(f"{paper}_text").iterrows():
+            over = dict(part.split("=") for part in claim["condition"].split(";") if "=" in part)
+            if not claim["metric"].endswith("_gain") or "over" not in over or "+" in claim["dataset"]:
+                continue
+
+            def find(claim=claim, cells=cells, **wanted):
+                what = claim["metric"].removesuffix("_gain")
+                wanted |= {"dataset": claim["dataset"], "metric": f"{what}_top1" if what in SHORT else what}
+                return {float(x["value"]) for x in cells if x["value"] and all(x[k] == v for k, v in wanted.items())}
+
+            base = {"arch": claim["arch"], "method": claim["method"]}
+            if over["over"].startswith("vit_"):
+                given, baseline = find(**base), find(**{**base, "arch": over["over"]})
+            elif "divide" in over:
+                condition = {**base, "epochs": claim["epochs"]}
+                given = find(**condition, condition=f"divide={over['divide']}")
+                baseline = find(**condition, condition=f"divide={over['over']}")
+            else:
+                given = find(**base, **({"epochs": claim["epochs"]} if claim["epochs"] else {}))
+                epochs = {"epochs": over["over_epochs"]} if "over_epochs" in over else {}
+                baseline = find(arch=claim["arch"], method=over["over"], **epochs)
+            yield claim, {round(a - b, 1) for a in given for b in baseline}
+
+
+def test_gains_claimed_in_the_texts_follow_from_the_tables_but_for_those_known():
+    found = list(gains())
+    assert len(found) > 25 and all(given for _, given in found), [dict(c) for c, g in found if not g]
+    wrong = {(c["paper"], c["row"], c["metric"], c["value"]) for c, given in found if float(c["value"]) not in given}
+    assert wrong == {
+        ("ccmim", "4.2", "linprobe_gain", "2.1"),
+        ("ccmim", "4.2", "bbox_ap_gain", "2.5"),
+        ("ccmim", "4.2", "miou_gain", "1.7"),
+        ("ccmim", "4.3", "linprobe_gain", "4.3"),
+        ("micl", "4.1", "linprobe_gain", "4"),  # "nearly 4 %": 3.7
+        ("ocl", "3.1", "linprobe_gain", "4"),
+    }
+    listed = {(d.table, d.printed.split(" ")[0]) for d in disagreements()}
+    assert {(f"{paper}_text", value) for paper, _, _, value in wrong} <= listed
+
+
+def test_what_agrees_is_no_disagreement_and_each_names_its_place():
+    found = disagreements()
+    assert len(found) > 60 and not any("agree" in d.against for d in found)
+    assert {d.table.partition("_")[0] for d in found} == {*PAPERS}
+    hours = next(d for d in found if d.table == "ocl_t3" and "133 hours" in d.against)
+    assert (hours.where, hours.printed) == ("ocl, vit_l16: pretrain hours", "533 h")
+
+
+def test_deviations_are_those_of_the_presets():
+    ocl = next(d for d in deviations() if d.method == "ocl")
+    assert ocl.presets == ["paper", "official"] and ["tau", "learnable", "fixed"] in ocl.settings
+    assert {d.method for d in deviations()} >= {*METHODS}
+
+
+def test_missing_lists_what_to_run_and_shrinks_with_what_was_run(home):
+    console = Console(file=io.StringIO())
+    (mae,) = [x for x in missing(["ocl_t6"], [], console) if "pretrain mae --arch vit_b16" in x["pretrain"]]
+    assert mae["pretrain"] == "sslbench pretrain mae --arch vit_b16 --data imagenet --epochs 1600"
+    probe, tune = mae["eval"]
+    assert re.fullmatch(
+        r"sslbench eval linprobe runs/mae_vit_b16_imagenet_\w{8} --recipe linprobe_mae --data imagenet", probe
+    )
+    assert 200 < mae["device_hours"] < 400
+    left = missing(["ocl_t6"], records(at_paper_scale(67.5)), console)
+    assert next(x for x in left if "mae --arch vit_b16" in x["pretrain"])["eval"] == [tune]
+    assert missing(["ocl_t5"], [], console)[0]["pretrain"] == "sslbench ablate ocl_t5 --scale paper"
+
+
+def test_latex_escapes_what_it_must(home, tmp_path):
+    write_page(records(fields(40), fields(33, "a_b&c%")), tmp_path, "tex", papers=True)
+    text = (tmp_path / "report.tex").read_text()
+    assert r"a\_b\&c\%" in text and r"$\pm$" in text and "±" not in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1 + len(ALL_TABLES)

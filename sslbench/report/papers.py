@@ -116,10 +116,10 @@ def _beside(line: Any, frame: pd.DataFrame, records: list[Record], remarks: list
     """`74.2 [1] | 73.9 ± 0.2 (800 ep)`: as printed, with the number of its note, and as measured."""
     mark = f"[{remarks.index(line['note']) + 1}]" if line["note"] else ""
     printed = " ".join(part for part in (line["value"] or "-", line["unit"], mark) if part)
-    return " | ".join([printed, *_measured(line, frame, records)])
+    return " | ".join([printed, *measured_for(line, frame, records)])
 
 
-def _measured(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[str]:
+def measured_for(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[str]:
     """What the ledger has for a printed number, each protocol and recipe for itself.
 
     Nothing where the table has several lines of this method, arch, data and metric that a record cannot tell apart:
@@ -127,7 +127,8 @@ def _measured(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[str
     """
     same = ["method", "arch", "pretrain_data", "metric", "dataset"]
     alike = frame[
-        (frame[same] == line[same]).all(axis=1) & (frame["condition"].map(_tuned) == _tuned(line["condition"]))
+        (frame[same] == line[same]).all(axis=1)
+        & (frame["condition"].map(tuned_epochs) == tuned_epochs(line["condition"]))
     ]
     if (alike["epochs"] == line["epochs"]).sum() > 1:
         return []
@@ -138,7 +139,7 @@ def _measured(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[str
             r.scale != "tiny"
             and at_scale
             and _facts(r) == _wanted(line)
-            and follows(r, protocol_of(line), _tuned(line["condition"]))
+            and follows(r, protocol_of(line), tuned_epochs(line["condition"]))
         ):
             found[row_key(r), r.protocol.name, r.protocol.hash].append(r)
     several = [len({*part}) > 1 for part in zip(*((key[-1], *protocol) for key, *protocol in found), strict=True)]
@@ -160,9 +161,12 @@ def _facts(r: Record) -> list[str]:
 
 
 def _wanted(line: Any) -> list[str]:
-    """MiCL is OCL's earlier version, the same method here."""
-    method = "ocl" if line["method"] == "micl" else line["method"]
-    return [method, *(line[k].replace("-", "_") for k in ("arch", "pretrain_data", "metric", "dataset"))]
+    return [plugin_of(line), *(line[k].replace("-", "_") for k in ("arch", "pretrain_data", "metric", "dataset"))]
+
+
+def plugin_of(line: Any) -> str:
+    """The method here that a printed row is of: MiCL is OCL's earlier version; MACRL's MoCo is run as MoCo v3."""
+    return {"micl": "ocl", "MoCo": "mocov3"}.get(line["method"], line["method"])
 
 
 def protocol_of(line: Any) -> tuple[str, str] | None:
@@ -189,7 +193,7 @@ def protocol_of(line: Any) -> tuple[str, str] | None:
     return ("eval robustness", "robustness") if metric == "top1" and "imagenet_" in line["dataset"] else None
 
 
-def _tuned(condition: str) -> int:
+def tuned_epochs(condition: str) -> int:
     """Epochs of the evaluation, where a row states them, as `linprobe epochs=100`; else 0."""
     stated = re.search(r"(?:linprobe|finetune)[ _]epochs=(\d+)", condition)
     return int(stated[1]) if stated else 0
