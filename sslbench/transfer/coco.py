@@ -152,10 +152,10 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
     grid = (multiple // patch, multiple // patch)
     strides = [patch // 4, patch // 2, patch, 2 * patch, 4 * patch]
     norm = {name: norm_cfg(name, synchronised) for name in ("LN", "GN", "SyncBN")}
-    neck: dict[str, Any] = {"type": "SslbenchSimplePyramid", "dim": dim, "norm": norm["LN"]}
+    neck: dict[str, Any] = {"type": "SslbenchSimplePyramid", "dim": dim, "norm": norm["LN"], "out": s.width}
     if s.neck == "taps":
         fpn = norm[s.fpn_norm] if s.fpn_norm else None
-        neck = {"type": "SslbenchTapPyramid", "dim": dim, "norm": norm[s.neck_norm], "fpn_norm": fpn}
+        neck = {"type": "SslbenchTapPyramid", "dim": dim, "norm": norm[s.neck_norm], "fpn_norm": fpn, "out": s.width}
     box_coder = {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4}
     box_loss = {"type": "GIoULoss", "loss_weight": 10.0} if s.box_loss == "giou" else {"type": "L1Loss"}
     cross_entropy = {"type": "CrossEntropyLoss", "loss_weight": 1.0}
@@ -165,7 +165,7 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
         return {
             "type": "SingleRoIExtractor",
             "roi_layer": {"type": "RoIAlign", "output_size": size, "sampling_ratio": 0},
-            "out_channels": 256,
+            "out_channels": s.width,
             "featmap_strides": strides[:4],
             "finest_scale": 56 * patch // 16,
         }
@@ -198,8 +198,8 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
         "neck": neck,
         "rpn_head": {
             "type": "RPNHead",
-            "in_channels": 256,
-            "feat_channels": 256,
+            "in_channels": s.width,
+            "feat_channels": s.width,
             "num_convs": s.rpn_convs,
             "anchor_generator": {"type": "AnchorGenerator", "scales": [8], "ratios": [0.5, 1.0, 2.0], "strides": strides},
             "bbox_coder": {**box_coder, "target_stds": [1.0] * 4},
@@ -211,9 +211,9 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
             "bbox_roi_extractor": roi(7),
             "bbox_head": {
                 "type": "Shared4Conv1FCBBoxHead",
-                "in_channels": 256,
-                "conv_out_channels": 256,
-                "fc_out_channels": 1024,
+                "in_channels": s.width,
+                "conv_out_channels": s.width,
+                "fc_out_channels": 4 * s.width,
                 "roi_feat_size": 7,
                 "num_classes": 80,
                 "norm_cfg": norm[s.box_norm],
@@ -227,8 +227,8 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
             "mask_head": {
                 "type": "FCNMaskHead",
                 "num_convs": 4,
-                "in_channels": 256,
-                "conv_out_channels": 256,
+                "in_channels": s.width,
+                "conv_out_channels": s.width,
                 "num_classes": 80,
                 "norm_cfg": norm[s.mask_norm] if s.mask_norm else None,
                 "loss_mask": {"type": "CrossEntropyLoss", "use_mask": True, "loss_weight": 1.0},
@@ -238,7 +238,7 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
             "rpn": {"assigner": assign(0.7, 0.3, 0.3, True), "sampler": sample(256, 0.5, False), "allowed_border": -1,
                     "pos_weight": -1, "debug": False},
             "rpn_proposal": {"nms_pre": 2000, "max_per_img": train, "nms": nms, "min_bbox_size": 0},
-            "rcnn": {"assigner": assign(0.5, 0.5, 0.5, False), "sampler": sample(512, 0.25, True), "mask_size": 28,
+            "rcnn": {"assigner": assign(0.5, 0.5, 0.5, False), "sampler": sample(s.rois, 0.25, True), "mask_size": 28,
                      "pos_weight": -1, "debug": False},
         },
         "test_cfg": {

@@ -100,7 +100,9 @@ class Coco(Schedule):
     box_norm: Literal["LN", "SyncBN"] = "LN"
     mask_norm: Literal["LN", "SyncBN"] | None = "LN"
     box_loss: Literal["l1", "giou"] = "l1"  # giou: on decoded boxes, weight 10
-    proposals: tuple[int, int] = (1000, 1000)  # that the box head sees in training and test
+    proposals: tuple[int, int] = (1000, 1000)  # that leave the RPN in training and test
+    rois: int = Field(512, gt=0)  # of them and the ground truth, drawn for the heads to learn from in each image
+    width: int = Field(256, gt=0)  # channels of pyramid and heads
 
     @model_validator(mode="after")
     def _neck(self) -> Coco:
