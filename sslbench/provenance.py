@@ -43,7 +43,9 @@ def code() -> dict[str, Any]:
 @functools.cache
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("sslbench", "torch", "torchvision", "timm", "lightning-fabric", "numpy"):
+    transfer = ("mmengine", "mmcv", "mmdetection", "mmsegmentation")
+    ours = ("sslbench", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
+    for name in (*ours, *(f"onedl-{name}" for name in transfer), *transfer, "mmdet"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -238,6 +238,7 @@ def to_ledger(
     spent: dict[str, Any],
     trained: dict[str, Any],
     accuracy: bool = True,
+    scale: Scale | None = None,
 ) -> Record:
     """Into the ledger: the number, where it comes from, and what it cost, pre-training (in `facts`) and `spent`.
 
@@ -274,7 +275,7 @@ def to_ledger(
                 ),
                 "joules": None,
             },
-            "scale": scale_of(facts["pretrain"]["data"] or data_name(data), image_size),
+            "scale": scale or scale_of(facts["pretrain"]["data"] or data_name(data), image_size),
             "condition": condition,
         }
     )

@@ -24,7 +24,7 @@ from ..data.loader import seed_of
 from ..errors import UserError
 from ..evaluate.features import Subject, newest_run, open_subject, read_safetensors
 from ..evaluate.run import to_ledger
-from ..ledger import Record
+from ..ledger import Record, Scale
 from ..paths import home
 from ..recipe import Batch, digest
 from ..train.loop import fit, make_fabric, read_run
@@ -32,6 +32,7 @@ from ..train.state import write_atomically, write_json
 from .protocol import TransferRecipe
 
 EXTRA = "pip install 'sslbench[transfer]', or in a clone pip install -e '.[transfer]'"
+PARTS = ("models", "datasets", "evaluation", "visualization")  # of mmdet and mmseg
 
 
 @dataclass
@@ -53,7 +54,7 @@ def require() -> None:
         with quiet():
             importlib.import_module("mmengine")
             importlib.import_module(".ops", __package__).install()
-            for name in ("mmcv.ops", "mmdet.models", "mmseg.models", "pycocotools.coco"):
+            for name in ("mmcv.ops", "pycocotools.coco", *(f"{a}.{b}" for a in ("mmdet", "mmseg") for b in PARTS)):
                 importlib.import_module(name)
     except ModuleNotFoundError as e:
         raise UserError(f"transfer needs the mm libraries, and '{e.name}' is not installed: {EXTRA}") from None
@@ -187,13 +188,12 @@ def score(job: TransferJob, folder: Path, info: dict[str, Any]) -> list[Record]:
     spent = {**info["cost"], "wall_s": info["cost"]["wall_s"] + time.perf_counter() - began}
     facts = {**job.subject.facts(), "sha256": info["weights_sha256"]}
     condition = {**condition, "eval_run": folder.name}
+    size = job.task.image_size(job.science)
+    scale: Scale = "paper" if job.spec == job.kind and size >= 512 else "tiny"
+    common = (job.val, job.spec, job.protocol, condition, job.seed, size, spent, info)
     records = [
-        to_ledger(
-            facts, metric, value, job.val, job.spec, job.protocol, condition, job.seed, job.task.image_size(job.science),
-            spent, info, accuracy=False,
-        )
-        for metric, value in values.items()
-    ]  # fmt: skip
+        to_ledger(facts, metric, value, *common, accuracy=False, scale=scale) for metric, value in values.items()
+    ]
     write_json(folder / "run.json", {**info, "records": [r.model_dump(mode="json") for r in records]})
     return records
 
