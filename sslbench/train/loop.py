@@ -87,9 +87,7 @@ def pretrain(recipe: Recipe, folder: Path, console: Console, progress: bool = Tr
     return fit(Job(recipe), folder, console, progress)
 
 
-def fit(
-    job: Job, folder: Path, console: Console, progress: bool = True, by: Callable[..., None] | None = None
-) -> str:
+def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Callable[..., None] | None = None) -> str:
     """Do `job` in `folder`, from its newest checkpoint where it has one. by: what trains; `train` if left out.
 
     Returns "finished", or "already finished" where there was nothing to do. Raises UserError (input), RunFailed

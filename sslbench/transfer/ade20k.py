@@ -62,12 +62,16 @@ def _check(root: Path, folder: str) -> tuple[int, str]:
     if not photographs:
         raise UserError(f"data {root}: expected {images}/*.jpg, found none")
     if missing := sorted({p.stem for p in photographs} - {p.stem for p in maps}):
-        raise UserError(f"{labels}: {len(missing)} of {len(photographs)} images have no label map: {missing[0]}.png, ...")
+        raise UserError(
+            f"{labels}: {len(missing)} of {len(photographs)} images have no label map: {missing[0]}.png, ..."
+        )
     for path in maps[:: max(1, len(maps) // LOOKED_AT)]:
         values = np.asarray(Image.open(path))
         if values.ndim != 2 or values.max() > CLASSES:
             what = f"{values.ndim} dimensions" if values.ndim != 2 else f"category {values.max()}"
-            raise UserError(f"{path}: expected a map of ADE20K's categories, 0 (other) and 1 to {CLASSES}, found {what}")
+            raise UserError(
+                f"{path}: expected a map of ADE20K's categories, 0 (other) and 1 to {CLASSES}, found {what}"
+            )
     listing = "".join(f"{p.parent.name}/{p.name}\0{p.stat().st_size}\n" for p in (*photographs, *maps))
     return len(photographs), hashlib.sha256(listing.encode()).hexdigest()[:12]
 
@@ -180,7 +184,12 @@ def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, floa
         "sampler": {"type": "DefaultSampler", "shuffle": False},
     }
     runner = make_runner(
-        folder, net, fabric, test_dataloader=loader, test_cfg={"type": "TestLoop"}, test_evaluator=Evaluator([MeanIoU()])
+        folder,
+        net,
+        fabric,
+        test_dataloader=loader,
+        test_cfg={"type": "TestLoop"},
+        test_evaluator=Evaluator([MeanIoU()]),
     )
     found = runner.test()
     draw(job, net, folder)

@@ -69,7 +69,9 @@ def _locate(root: Path, split: str) -> tuple[Path, Path]:
 
 
 def _tree(root: Path) -> str:
-    names = sorted(f"{p.relative_to(root)}{'/' if p.is_dir() else ''}" for g in ("*", "annotations/*") for p in root.glob(g))
+    names = sorted(
+        f"{p.relative_to(root)}{'/' if p.is_dir() else ''}" for g in ("*", "annotations/*") for p in root.glob(g)
+    )
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "an empty folder"
 
 
@@ -94,7 +96,9 @@ def _check(annotations: Path, images: Path) -> int:
         )
     there = {p.name for p in images.iterdir()}
     if missing := [f for f in files if f not in there]:
-        raise UserError(f"{images}: {len(missing)} of the {len(files)} images of {annotations} are not there: {missing[0]}, ...")
+        raise UserError(
+            f"{images}: {len(missing)} of the {len(files)} images of {annotations} are not there: {missing[0]}, ..."
+        )
     return len(files)
 
 
@@ -148,7 +152,9 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
     # Fixed squares are padded to their size; others to what both the patch and the smallest map divide.
     multiple = s.input.size if isinstance(s.input, Lsj) else 2 * patch
     if multiple % (2 * patch):
-        raise UserError(f"science.input.size={multiple} is not a multiple of {2 * patch}, twice the patch of {subject.arch}")
+        raise UserError(
+            f"science.input.size={multiple} is not a multiple of {2 * patch}, twice the patch of {subject.arch}"
+        )
     grid = (multiple // patch, multiple // patch)
     strides = [patch // 4, patch // 2, patch, 2 * patch, 4 * patch]
     norm = {name: norm_cfg(name, synchronised) for name in ("LN", "GN", "SyncBN")}
@@ -175,7 +181,13 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
                 "match_low_quality": low_quality, "ignore_iof_thr": -1}  # fmt: skip
 
     def sample(n: int, share: float, truth: bool) -> dict[str, Any]:
-        return {"type": "RandomSampler", "num": n, "pos_fraction": share, "neg_pos_ub": -1, "add_gt_as_proposals": truth}
+        return {
+            "type": "RandomSampler",
+            "num": n,
+            "pos_fraction": share,
+            "neg_pos_ub": -1,
+            "add_gt_as_proposals": truth,
+        }
 
     train, test = s.proposals
     return {

@@ -84,7 +84,9 @@ class TransferJob:
         self.depth, self.label = subject.encoder.arch.depth, f"{s.protocol} {subject.method} {subject.arch}"
         self.patch = subject.encoder.arch.patch
         if self.patch % 4:
-            raise UserError(f"{subject.arch} has patch {self.patch}; the pyramid halves it twice, so it must be a multiple of 4")
+            raise UserError(
+                f"{subject.arch} has patch {self.patch}; the pyramid halves it twice, so it must be a multiple of 4"
+            )
         with self.scope():
             self.train, self.val = self.task.open_data(root, s)
         self.spec = self.train.name

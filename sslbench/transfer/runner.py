@@ -91,7 +91,9 @@ def schedule(o: Optim, total: int) -> list[dict[str, Any]]:
     if warmup:
         out.append({"type": "LinearLR", "start_factor": o.warmup_factor, "by_epoch": False, "begin": 0, "end": warmup})
     if o.decay == "steps":
-        out.append({"type": "MultiStepLR", "milestones": [round(m * total) for m in o.milestones], "gamma": 0.1, **steps})
+        out.append(
+            {"type": "MultiStepLR", "milestones": [round(m * total) for m in o.milestones], "gamma": 0.1, **steps}
+        )
     elif warmup < total:
         if o.decay == "cosine":
             out.append({"type": "CosineAnnealingLR", "T_max": total - warmup, "begin": warmup, **steps})
@@ -103,7 +105,9 @@ def schedule(o: Optim, total: int) -> list[dict[str, Any]]:
 class Loop(IterBasedTrainLoop):
     """One iteration is one step of the recipe's batch, however many micro-batches that takes here."""
 
-    def __init__(self, runner: Runner, dataloader: Any, max_iters: int, accumulation: int, first: int, seed: int) -> None:
+    def __init__(
+        self, runner: Runner, dataloader: Any, max_iters: int, accumulation: int, first: int, seed: int
+    ) -> None:
         super().__init__(runner, dataloader, max_iters, val_interval=max_iters + 1)
         self.accumulation, self.seed, self.wait_s = accumulation, seed, 0.0
         self._iter = first  # the data loader starts there too
@@ -177,7 +181,9 @@ class Keeper(Hook):
         if save:
             self._save(runner)
         if self.signals.received and not last:
-            raise Interrupted(f"{self.signals.received} after iteration {run.steps} of {total}; the same command resumes")
+            raise Interrupted(
+                f"{self.signals.received} after iteration {run.steps} of {total}; the same command resumes"
+            )
 
     def _save(self, runner: Runner) -> None:
         if self.run.fabric.is_global_zero:
