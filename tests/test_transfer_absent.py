@@ -11,7 +11,7 @@ for name in ("mmengine", "mmcv", "mmdet", "mmseg", "pycocotools"):
     sys.modules[name] = None
 import importlib.util
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name in sys.modules and sys.modules[name] is None else find(name, *a)
+importlib.util.find_spec = lambda name, *a: None if sys.modules.get(name, 0) is None else find(name, *a)
 from sslbench.cli import main
 sys.argv = ["sslbench", *sys.argv[1:]]
 main()

@@ -164,7 +164,7 @@ def test_relative_positions_add_what_their_tables_say():
 
 
 @pytest.mark.parametrize("kind", ["table", "decomposed", "shared"])
-def test_relative_positions_start_at_zero_and_learn_with_or_without_checkpointing(kind):
+def test_relative_positions_start_at_zero_and_learn_with_checkpointing_too(kind):
     images, windows = torch.randn(2, 3, 32, 32), {"window": 3, "taps": [11]}
     gradients = []
     for checkpointing in (False, True):
@@ -192,7 +192,7 @@ def test_positions_are_rebuilt_or_frozen_where_the_protocol_says_so_and_blocks_s
     assert rates == pytest.approx([0.01 * i for i in range(12)])
 
 
-# --------------------------------------------------------------------------------------------- necks, optimiser, recipes
+# -------------------------------------------------------------------------------------------- necks, optimiser, recipes
 
 
 def test_pyramids_have_five_levels_of_strides_a_quarter_to_four_patches():

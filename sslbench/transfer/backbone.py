@@ -122,7 +122,7 @@ def attend(block: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def to_windows(x: Tensor, grid: Grid, window: int) -> tuple[Tensor, Grid]:
-    """(B, rows * columns, D) -> (B * windows, window^2, D), zeros where the last ones overhang; windows down, across."""
+    """(B, rows * columns, D) -> (B * windows, window^2, D), zeros where the last overhang; windows down and across."""
     x = x.unflatten(1, grid)
     x = F.pad(x, (0, 0, 0, -grid[1] % window, 0, -grid[0] % window))
     down, across = x.shape[1] // window, x.shape[2] // window

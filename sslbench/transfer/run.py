@@ -79,6 +79,11 @@ class TransferJob:
     def __init__(self, recipe: TransferRecipe, subject: Subject, root: Path) -> None:
         s = recipe.science
         self.task = importlib.import_module(f".{s.protocol}", __package__)
+        if not torch.cuda.is_available():
+            if recipe.machine.precision == "bf16":
+                raise UserError("precision bf16: mmengine's mixed precision needs a GPU; on a CPU use 32")
+            if recipe.machine.precision == "auto":
+                recipe.machine.precision = "32"
         self.recipe, self.science, self.machine, self.subject = recipe, s, recipe.machine, subject
         self.kind, self.optim, self.seed, self.batch_size = s.protocol, s.optim, s.seed, s.batch_size
         self.depth, self.label = subject.encoder.arch.depth, f"{s.protocol} {subject.method} {subject.arch}"
@@ -166,6 +171,8 @@ def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = fit(job, folder, console, by=importlib.import_module(".runner", __package__).train)  # type: ignore[arg-type]
+        if not _alone():
+            return {}
         info = read_run(folder)
         if "records" in info:
             console.print(f"{folder} is finished: the numbers below are those it has in the ledger")
@@ -178,10 +185,19 @@ def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console:
     return records[0].model_dump(mode="json")
 
 
+def _alone() -> bool:
+    """Leave the processes that trained together; the first of them scores, by itself."""
+    if not torch.distributed.is_initialized():
+        return True
+    rank = torch.distributed.get_rank()
+    torch.distributed.destroy_process_group()
+    return rank == 0
+
+
 def score(job: TransferJob, folder: Path, info: dict[str, Any]) -> list[Record]:
     """Test the weights of `folder` on val, once, and append what was found; the main number comes first."""
     began = time.perf_counter()
-    fabric = make_fabric(job.machine)
+    fabric = make_fabric(job.machine.model_copy(update={"devices": 1, "nodes": 1}))
     model = job.build()
     tensors, _ = read_safetensors(folder / "weights.safetensors")
     model.load_state_dict(tensors)

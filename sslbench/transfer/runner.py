@@ -229,9 +229,8 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
     precision = PRECISION.get(str(machine.precision))
     wrapper: dict[str, Any] = {"type": "OptimWrapper"}
     if precision:
-        wrapper = {"type": "AmpOptimWrapper", "dtype": precision}
-        if precision == "float16":
-            wrapper["loss_scale"] = "dynamic"
+        scale: Any = "dynamic" if precision == "float16" else 1.0  # bfloat16 has float32's range
+        wrapper = {"type": "AmpOptimWrapper", "dtype": precision, "loss_scale": scale}
     save_every = machine.save_every or max(per_epoch, min(total // 100, 500), 1)
     with progress_bar(console, progress) as bar:
         runner = make_runner(
