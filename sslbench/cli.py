@@ -50,7 +50,9 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(cls=Group, no_args_is_help=True, help="Evaluate a pre-trained encoder.")
 data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at data sets.")
+transfer_app = typer.Typer(cls=Group, no_args_is_help=True, help="Train an encoder for dense prediction, and score it.")
 app.add_typer(eval_app, name="eval")
+app.add_typer(transfer_app, name="transfer")
 app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line; all else on standard error.")]
@@ -186,6 +188,25 @@ _eval_command("knn", "Weighted k-nearest neighbours on frozen features.")
 _eval_command("linprobe", "A linear classifier on frozen features.")
 _eval_command("finetune", "Train all weights with labels. The same command again resumes an unfinished one.")
 _eval_command("robustness", "A fine-tuned model on images from elsewhere: ImageNet-A, -R, -Sketch, a folder a class.")
+
+
+def _transfer_command(kind: str, help: str) -> None:
+    @transfer_app.command(kind, help=help)
+    def command(
+        run: Run = None,
+        data: Annotated[str | None, typer.Option("--data", help="Folder; $SSLBENCH_DATA's if left out.")] = None,
+        recipe: Annotated[str | None, typer.Option("--recipe", help="Name or path of a transfer recipe.")] = None,
+        sets: Sets = None,
+        as_json: Json = False,
+    ) -> None:
+        from .transfer.protocol import transfer_recipe
+        from .transfer.run import transfer
+
+        answer(as_json, transfer(transfer_recipe(kind, recipe, sets or []), run, data, console(as_json)))
+
+
+_transfer_command("coco", "Mask R-CNN: box and mask AP. The same command again resumes an unfinished run.")
+_transfer_command("ade20k", "UPerNet: mIoU. The same command again resumes an unfinished run.")
 
 
 @app.command()

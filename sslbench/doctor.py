@@ -13,8 +13,10 @@ import torch
 from rich.console import Console
 
 from . import provenance
+from .errors import UserError
 from .paths import home
 from .train.device import bf16_is_fast
+from .transfer.run import EXTRA, require
 
 
 def doctor(console: Console) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def doctor(console: Console) -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "precision_auto": "bf16" if bf16_is_fast(device) else "32",
         "torchvision_operators": _torchvision_operators(),
-        "transfer_extra": all(importlib.util.find_spec(m) for m in ("mmengine", "mmdet", "mmseg")),
+        **_transfer(),
         "home": str(home().resolve()),
         "disk_free_gib": round(shutil.disk_usage(home()).free / 2**30, 1),
         "SSLBENCH_DATA": data,
@@ -42,6 +44,8 @@ def doctor(console: Console) -> dict[str, Any]:
         advice.append(f"SSLBENCH_DATA={data} is not a folder")
     if not facts["torchvision_operators"]:
         advice.append("torchvision's operators do not load: install torch and torchvision from one source, together")
+    if facts["transfer_problem"]:
+        advice.append(facts["transfer_problem"])
     if facts["disk_free_gib"] < 5:
         advice.append(f"only {facts['disk_free_gib']} GiB free where runs/ is written; checkpoints may not fit")
     if device == "cpu":
@@ -58,6 +62,20 @@ def _memory_gib() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def _transfer() -> dict[str, Any]:
+    """Whether `sslbench transfer` would run, whose nms and RoIAlign it would use, and what to do where it would not."""
+    if not importlib.util.find_spec("mmengine"):
+        problem = f"for COCO and ADE20K: {EXTRA}"
+        return {"transfer_extra": False, "transfer_operators": None, "transfer_problem": problem}
+    try:
+        require()
+    except UserError as e:
+        return {"transfer_extra": False, "transfer_operators": None, "transfer_problem": str(e)}
+    from .transfer.ops import implementation
+
+    return {"transfer_extra": True, "transfer_operators": implementation(), "transfer_problem": None}
 
 
 def _torchvision_operators() -> bool:

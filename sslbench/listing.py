@@ -55,7 +55,7 @@ def _recipes() -> list[dict[str, Any]]:
     from .recipe import recipe_files
 
     rows = []
-    for kind in ("pretrain", "eval", "ablations"):
+    for kind in ("pretrain", "eval", "transfer", "ablations"):
         for name, path in recipe_files(kind).items():
             first = path.read_text().splitlines()[0].removeprefix("# ")
             rows.append({"recipe": name, "kind": kind, "command": first})

@@ -37,13 +37,16 @@ def code() -> dict[str, Any]:
     # A wheel inside somebody else's checkout is not that checkout.
     if not (root / "pyproject.toml").is_file() or git("rev-parse", "--show-toplevel") != str(root):
         return {"commit": None, "dirty": None}
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")  # numbers are not code
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("sslbench", "torch", "torchvision", "timm", "lightning-fabric", "numpy"):
+    transfer = ("mmengine", "mmcv", "mmdetection", "mmsegmentation")
+    ours = ("sslbench", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
+    for name in (*ours, *(f"onedl-{name}" for name in transfer), *transfer, "mmdet"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -278,21 +278,34 @@ def validate(model: type[T], tree: dict[str, Any], name: str, prefix: str = "") 
     except ValidationError as e:
         lines = []
         for error in e.errors():
-            key = prefix + ".".join(str(p) for p in error["loc"])
+            path, known = _follow(model, error["loc"])
+            key = prefix + ".".join(path)
             if error["type"] == "extra_forbidden":
-                lines.append(f"unknown key '{key}'{nearest(str(error['loc'][-1]), _keys(model, error['loc'][:-1]))}")
+                lines.append(f"unknown key '{key}'{nearest(path[-1], known)}")
             else:
                 lines.append(f"{key}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})")
         raise UserError(f"recipe {name}: " + "; ".join(lines)) from None
 
 
-def _keys(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    for part in loc:
-        inner = model.model_fields[part].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
-    return list(model.model_fields)
+def _follow(model: type[BaseModel] | None, loc: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """(the key that `loc` is, as a user writes it, and the keys that there are beside it).
+
+    Of a union of models pydantic names the one it took, which is no part of the key.
+    """
+    path: list[str] = []
+    union: tuple[Any, ...] = ()
+    known: list[str] = []
+    for part in map(str, loc):
+        chosen = next((m for m in union if any(part in get_args(f.annotation) for f in m.model_fields.values())), None)
+        if chosen:
+            model, union = chosen, ()
+            continue
+        known = list(model.model_fields) if model else []
+        annotation = model.model_fields[part].annotation if model and part in model.model_fields else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        union = tuple(m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, BaseModel))
+        path.append(part)
+    return path, known
 
 
 def choose(method: str, arch: str | None, spec: str | None) -> Path:

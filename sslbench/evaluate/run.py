@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -138,7 +138,7 @@ def evaluate(
     spent = {"wall_s": time.perf_counter() - began}
     side = subject.encoder.image[0]
     return [
-        _record(subject.facts(), metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, spent, subject.run)
+        to_ledger(subject.facts(), metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, spent, subject.run)
         for metric, v, c in values
     ]
 
@@ -170,7 +170,7 @@ def _train_and_score(recipe: EvalRecipe, run: str, data: str | None, seed: int |
     spent = {**info["cost"], "wall_s": info["cost"]["wall_s"] + time.perf_counter() - began}
     facts = {**subject.facts(), "sha256": info["weights_sha256"]}
     condition = {"pool": job.pool, **more, "eval_run": folder.name}
-    record = _record(facts, job.metric, top1, val, spec, job.protocol, condition, seed, job.image_size, spent, info)
+    record = to_ledger(facts, job.metric, top1, val, spec, job.protocol, condition, seed, job.image_size, spent, info)
     write_json(folder / "run.json", {**info, "record": record.model_dump(mode="json")})
     return record
 
@@ -209,18 +209,27 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
     condition = {"classes": len(test.classes), "eval_run": path.parent.name if info else None}
     wall = time.perf_counter() - began
     spent = {**info.get("cost", {}), "wall_s": info.get("cost", {}).get("wall_s", 0.0) + wall}
-    return _record(facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, spent, info)
+    return to_ledger(facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, spent, info)
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _record(
+class Measured(Protocol):
+    """What a number was measured on."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+
+def to_ledger(
     facts: dict[str, Any],
     metric: str,
     value: float,
-    val: ImageSet,
+    val: Measured,
     data: str,
     protocol: dict[str, str],
     condition: dict[str, Any],
@@ -228,10 +237,13 @@ def _record(
     image_size: int,
     spent: dict[str, Any],
     trained: dict[str, Any],
+    accuracy: bool = True,
+    scale: Scale | None = None,
 ) -> Record:
     """Into the ledger: the number, where it comes from, and what it cost, pre-training (in `facts`) and `spent`.
 
-    trained: run.json of the run that trained, {} where none did; its hardware is what counts.
+    trained: run.json of the run that trained, {} where none did; its hardware is what counts. accuracy: the number is
+    a share of the images, which has a binomial standard error; other numbers have none here.
     """
     before, device = facts["cost"], _device().type
     wall = spent["wall_s"]
@@ -242,7 +254,7 @@ def _record(
             "metric": metric,
             "dataset": data_name(data),
             "value": value,
-            "stderr": accuracy_stderr(value, len(val)),
+            "stderr": accuracy_stderr(value, len(val)) if accuracy else None,
             "n": len(val),
             **{k: facts[k] for k in ("method", "preset", "arch", "pretrain")},
             "protocol": protocol,
@@ -263,7 +275,7 @@ def _record(
                 ),
                 "joules": None,
             },
-            "scale": scale_of(facts["pretrain"]["data"] or data_name(data), image_size),
+            "scale": scale or scale_of(facts["pretrain"]["data"] or data_name(data), image_size),
             "condition": condition,
         }
     )

@@ -87,8 +87,8 @@ def pretrain(recipe: Recipe, folder: Path, console: Console, progress: bool = Tr
     return fit(Job(recipe), folder, console, progress)
 
 
-def fit(job: Job, folder: Path, console: Console, progress: bool = True) -> str:
-    """Do `job` in `folder`, from its newest checkpoint where it has one.
+def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Callable[..., None] | None = None) -> str:
+    """Do `job` in `folder`, from its newest checkpoint where it has one. by: what trains; `train` if left out.
 
     Returns "finished", or "already finished" where there was nothing to do. Raises UserError (input), RunFailed
     (non-finite loss, unreadable data), Interrupted (a signal; the folder can be resumed).
@@ -110,7 +110,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True) -> str:
     run = Run(job, folder, fabric, previous)
     try:
         with Signals() as signals:
-            train(run, batch, data, signals, console, progress and fabric.is_global_zero)
+            (by or train)(run, batch, data, signals, console, progress and fabric.is_global_zero)
     except Interrupted:
         run.write("interrupted")
         raise
@@ -263,6 +263,7 @@ class Run:
         self.steps = 0
         self.couples = False
         self.info: dict[str, Any] = {}
+        self.flops_per_image: float | None = 0.0
         self.began = time.perf_counter()
 
     def begin(self, fingerprint: str, total: int, per_epoch: int) -> None:
@@ -294,7 +295,7 @@ class Run:
         return {
             "wall_s": round(wall, 3),
             "device_hours": wall / 3600 * self.fabric.world_size,
-            "flops": self.flops_per_image * images if self.info else 0.0,
+            "flops": None if self.flops_per_image is None else self.flops_per_image * images,
             "peak_memory_gib": provenance.peak_memory_gib(self.fabric.device.type),
             "joules": None,
             "images_seen": images,

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..recipe import Optim
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: with decay, and without (biases, and tensors of at most one dimension). Frozen tensors: neither."""
@@ -21,22 +23,33 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def layer_groups(module: nn.Module, depth: int, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def layer_groups(
+    module: nn.Module,
+    depth: int,
+    weight_decay: float,
+    layer_decay: float,
+    prefix: str = "encoder.",
+    decay_biases: bool = False,
+) -> list[dict[str, Any]]:
     """Groups by layer and by decay or none, each with its `lr_scale` = layer_decay^(depth + 1 - layer).
 
-    Layer 0: CLS, positions, patch embedding; block b of `module.encoder` is layer b + 1; all else, such as the head, is
-    depth + 1, whose scale is 1. No weight decay on tensors of one dimension, CLS and positions (MAE util/lr_decay.py).
+    Layer 0: CLS, positions, patch embedding; block b of what lies under `prefix` is layer b + 1; all else, such as the
+    head, is depth + 1, whose scale is 1. No weight decay on tensors of one dimension, CLS and positions (MAE
+    util/lr_decay.py). decay_biases: on biases too, but those of norms, as detectron2 has it.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    norms = {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        part, _, rest = name.removeprefix("encoder.").partition(".")
-        if part in ("cls_token", "pos_embed", "patch_embed"):
+        inside = name.startswith(prefix)
+        part, _, rest = name.removeprefix(prefix).partition(".")
+        if inside and part in ("cls_token", "pos_embed", "patch_embed"):
             layer = 0
         else:
-            layer = int(rest.split(".")[0]) + 1 if part == "blocks" else depth + 1
-        decays = p.ndim > 1 and part not in ("cls_token", "pos_embed")
+            layer = int(rest.split(".")[0]) + 1 if inside and part == "blocks" else depth + 1
+        long = p.ndim > 1 or (decay_biases and name.endswith(".bias") and id(p) not in norms)
+        decays = long and not (inside and part in ("cls_token", "pos_embed"))
         new = {
             "params": [],
             "weight_decay": weight_decay if decays else 0.0,

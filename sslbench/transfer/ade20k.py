@@ -1,0 +1,212 @@
+"""ADE20K: UPerNet over the suite's ViT, from layout to mIoU."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.evaluator import Evaluator
+from mmseg.datasets import ADE20KDataset
+from mmseg.evaluation import IoUMetric
+from mmseg.visualization import SegLocalVisualizer
+from PIL import Image
+
+from ..errors import UserError
+from . import backbone  # noqa: F401 - registers SslbenchViT
+from .necks import norm_cfg
+from .protocol import Ade20k
+from .run import Split
+from .runner import make_runner
+
+SCOPE = "mmseg"
+OFFICIAL = {"train": 20_210, "val": 2_000}
+FOLDERS = {"train": "training", "val": "validation"}
+CLASSES = 150
+LOOKED_AT = 50  # label maps of a split whose values are checked before training
+
+
+def image_size(s: Ade20k) -> int:
+    return s.crop
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+def open_data(root: Path, s: Ade20k) -> tuple[Split, Split]:
+    """Train and val of ADEChallengeData2016's layout. UserError: what was expected, and what is there."""
+    root = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
+    found = {split: _check(root, folder) for split, folder in FOLDERS.items()}
+    official = {split: n for split, (n, _) in found.items()} == OFFICIAL
+    out = []
+    for split, folder in FOLDERS.items():
+        dataset = ADE20KDataset(
+            data_root=str(root),
+            data_prefix={"img_path": f"images/{folder}", "seg_map_path": f"annotations/{folder}"},
+            pipeline=_train_pipeline(s) if split == "train" else _test_pipeline(s),
+            test_mode=split == "val",
+        )
+        out.append(Split("ade20k" if official else root.resolve().name, split, dataset, found[split][1]))
+    return out[0], out[1]
+
+
+def _check(root: Path, folder: str) -> tuple[int, str]:
+    """(images, fingerprint over names and sizes of images and label maps) of a split."""
+    images, labels = root / "images" / folder, root / "annotations" / folder
+    for place in (images, labels):
+        if not place.is_dir():
+            there = ", ".join(sorted(p.relative_to(root).as_posix() for p in root.glob("*")) or ["nothing"])
+            raise UserError(f"data {root}: expected the folder {place}, found {there}")
+    photographs, maps = sorted(images.glob("*.jpg")), sorted(labels.glob("*.png"))
+    if not photographs:
+        raise UserError(f"data {root}: expected {images}/*.jpg, found none")
+    if missing := sorted({p.stem for p in photographs} - {p.stem for p in maps}):
+        raise UserError(
+            f"{labels}: {len(missing)} of {len(photographs)} images have no label map: {missing[0]}.png, ..."
+        )
+    for path in maps[:: max(1, len(maps) // LOOKED_AT)]:
+        values = np.asarray(Image.open(path))
+        if values.ndim != 2 or values.max() > CLASSES:
+            what = f"{values.ndim} dimensions" if values.ndim != 2 else f"category {values.max()}"
+            raise UserError(
+                f"{path}: expected a map of ADE20K's categories, 0 (other) and 1 to {CLASSES}, found {what}"
+            )
+    listing = "".join(f"{p.parent.name}/{p.name}\0{p.stat().st_size}\n" for p in (*photographs, *maps))
+    return len(photographs), hashlib.sha256(listing.encode()).hexdigest()[:12]
+
+
+def _train_pipeline(s: Ade20k) -> list[dict[str, Any]]:
+    return [
+        {"type": "LoadImageFromFile"},
+        {"type": "LoadAnnotations", "reduce_zero_label": True},
+        {"type": "RandomResize", "scale": (4 * s.crop, s.crop), "ratio_range": (0.5, 2.0), "keep_ratio": True},
+        {"type": "RandomCrop", "crop_size": (s.crop, s.crop), "cat_max_ratio": 0.75},
+        {"type": "RandomFlip", "prob": 0.5},
+        {"type": "PhotoMetricDistortion"},
+        {"type": "PackSegInputs"},
+    ]
+
+
+def _test_pipeline(s: Ade20k) -> list[dict[str, Any]]:
+    return [
+        {"type": "LoadImageFromFile"},
+        {"type": "Resize", "scale": (4 * s.crop, s.crop), "keep_ratio": True},
+        {"type": "LoadAnnotations", "reduce_zero_label": True},
+        {"type": "PackSegInputs"},
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def model(s: Ade20k, subject: Any, machine: Any, synchronised: bool) -> dict[str, Any]:
+    """mmseg's config of the segmentor."""
+    encoder, dim = subject.encoder, subject.encoder.arch.dim
+    patch = encoder.arch.patch
+    if s.crop % (2 * patch):
+        raise UserError(f"science.crop={s.crop} is not a multiple of {2 * patch}, twice the patch of {subject.arch}")
+    grid, norm = (s.crop // patch, s.crop // patch), norm_cfg("SyncBN", synchronised)
+    head = {
+        "num_classes": CLASSES,
+        "dropout_ratio": 0.1,
+        "norm_cfg": norm,
+        "align_corners": False,
+    }
+    return {
+        "type": "EncoderDecoder",
+        "data_preprocessor": {
+            "type": "SegDataPreProcessor",
+            "mean": [255 * m for m in subject.mean],
+            "std": [255 * d for d in subject.std],
+            "bgr_to_rgb": True,
+            "pad_val": 0,
+            "seg_pad_val": 255,
+            "size": (s.crop, s.crop),
+            "test_cfg": {"size_divisor": 2 * patch},
+        },
+        "backbone": {
+            "type": "SslbenchViT",
+            "encoder": encoder,
+            "config": s.encoder,
+            "grid": grid,
+            "checkpointing": machine.activation_checkpointing,
+        },
+        "neck": {"type": "SslbenchRescale", "dim": dim, "norm": norm},
+        "decode_head": {
+            **head,
+            "type": "UPerHead",
+            "in_channels": [dim] * 4,
+            "in_index": [0, 1, 2, 3],
+            "pool_scales": (1, 2, 3, 6),
+            "channels": s.channels or dim,
+            "loss_decode": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0},
+        },
+        "auxiliary_head": {
+            **head,
+            "type": "FCNHead",
+            "in_channels": dim,
+            "in_index": 2,
+            "channels": 256,
+            "num_convs": 1,
+            "concat_input": False,
+            "loss_decode": {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 0.4},
+        },
+        "train_cfg": {},
+        "test_cfg": {"mode": "slide", "crop_size": (s.crop, s.crop), "stride": (s.stride, s.stride)},
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- the numbers
+
+
+class MeanIoU(IoUMetric):
+    """mmseg's counts of pixels an image, summed, and the three numbers of them with all their digits."""
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        both, either, _, truth = (sum(counts).double().numpy() for counts in zip(*results, strict=True))
+        with np.errstate(invalid="ignore"):  # a class that neither image nor answer has counts nowhere
+            iou, recall = both / either, both / truth
+        return {
+            "miou": 100 * float(np.nanmean(iou)),
+            "aacc": 100 * float(both.sum() / truth.sum()),
+            "macc": 100 * float(np.nanmean(recall)),
+            "classes": int(np.isfinite(iou).sum()),
+        }
+
+
+def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """({metric: percent}, condition)."""
+    loader = {
+        "batch_size": 1,
+        "num_workers": job.machine.workers,
+        "dataset": job.val.dataset,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+    }
+    runner = make_runner(
+        folder,
+        net,
+        fabric,
+        test_dataloader=loader,
+        test_cfg={"type": "TestLoop"},
+        test_evaluator=Evaluator([MeanIoU()]),
+    )
+    found = runner.test()
+    draw(job, net, folder)
+    values = {name: found[name] for name in ("miou", "aacc", "macc")}
+    return values, {"iterations": job.total(job.batch_size), "classes": found["classes"]}
+
+
+def draw(job: Any, net: Any, folder: Path) -> None:
+    """`folder`/pictures: ground truth left, predictions right."""
+    import mmcv
+
+    visualizer = SegLocalVisualizer(save_dir=str(folder / "mmengine"))
+    visualizer.dataset_meta = job.val.dataset.metainfo
+    count = min(job.machine.pictures, len(job.val))
+    for index in np.linspace(0, len(job.val) - 1, count).astype(int).tolist():
+        item = job.val.dataset[index]
+        (sample,) = net.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
+        image = mmcv.imread(sample.img_path, channel_order="rgb")
+        out = folder / "pictures" / f"{Path(sample.img_path).stem}.png"
+        visualizer.add_datasample("val", image, sample.cpu(), out_file=str(out), with_labels=False)

@@ -1,0 +1,318 @@
+"""COCO: Mask R-CNN over the suite's ViT, from layout to AP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmdet.datasets import CocoDataset
+from mmdet.evaluation import CocoMetric
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.evaluator import Evaluator
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ..errors import UserError
+from . import backbone  # noqa: F401 - registers SslbenchViT
+from .necks import norm_cfg
+from .protocol import Coco, Lsj, MultiScale
+from .run import Split
+from .runner import make_runner
+
+SCOPE = "mmdet"
+OFFICIAL = {"train": 118_287, "val": 5_000}
+NAMES = ("ap", "ap50", "ap75")
+
+
+def image_size(s: Coco) -> int:
+    return s.input.size if isinstance(s.input, Lsj) else max(s.input.short)
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+def open_data(root: Path, s: Coco) -> tuple[Split, Split]:
+    """Train and val of COCO's layout. UserError: what was expected, and what is there."""
+    found = {split: _locate(root, split) for split in OFFICIAL}
+    sizes = {split: _check(*found[split]) for split in OFFICIAL}
+    name = "coco" if sizes == OFFICIAL else root.resolve().name
+    out = []
+    for split, (file, images) in found.items():
+        dataset = CocoDataset(
+            ann_file=str(file),
+            data_prefix={"img": str(images)},
+            pipeline=_train_pipeline(s) if split == "train" else _test_pipeline(s),
+            filter_cfg={"filter_empty_gt": True, "min_size": 32} if split == "train" else None,
+            test_mode=split == "val",
+        )
+        with open(file, "rb") as f:
+            fingerprint = hashlib.file_digest(f, "sha256").hexdigest()[:12]
+        out.append(Split(name, split, dataset, fingerprint))
+    if not len(out[0]):
+        raise UserError(f"{found['train'][0]} has no image with an object that is to be learnt")
+    return out[0], out[1]
+
+
+def _locate(root: Path, split: str) -> tuple[Path, Path]:
+    """(annotation file, image folder) of a split: `2017` in the names and `images/` above them may be left out."""
+    files = [root / "annotations" / f"instances_{split}{year}.json" for year in ("2017", "")]
+    folders = [root / f"{split}2017", root / "images" / f"{split}2017", root / "images" / split]
+    annotations = next((f for f in files if f.is_file()), None)
+    images = next((f for f in folders if f.is_dir()), None)
+    if annotations is None or images is None:
+        what = files[0] if annotations is None else folders[0]
+        raise UserError(f"data {root}: expected {what}{'' if annotations is None else '/*.jpg'}, found {_tree(root)}")
+    return annotations, images
+
+
+def _tree(root: Path) -> str:
+    names = sorted(
+        f"{p.relative_to(root)}{'/' if p.is_dir() else ''}" for g in ("*", "annotations/*") for p in root.glob(g)
+    )
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "an empty folder"
+
+
+def _check(annotations: Path, images: Path) -> int:
+    """The number of images; UserError where the file is not COCO's instances, or images are missing."""
+    try:
+        tree = json.loads(annotations.read_bytes())
+        categories = {c["name"] for c in tree["categories"]}
+        files = [i["file_name"] for i in tree["images"]]
+        assert isinstance(tree["annotations"], list)
+    except (ValueError, KeyError, TypeError, AssertionError) as e:
+        raise UserError(
+            f"{annotations} is not a COCO instance file: expected 'images', 'annotations' and 'categories' ({e!r})"
+        ) from None
+    wanted = set(CocoDataset.METAINFO["classes"])
+    if categories != wanted:
+        lacks, has = sorted(wanted - categories), sorted(categories - wanted)
+        raise UserError(
+            f"{annotations}: expected COCO's 80 categories, found {len(categories)}"
+            + (f"; it lacks {', '.join(lacks[:5])}" if lacks else "")
+            + (f"; it has {', '.join(has[:5])}" if has else "")
+        )
+    there = {p.name for p in images.iterdir()}
+    if missing := [f for f in files if f not in there]:
+        raise UserError(
+            f"{images}: {len(missing)} of the {len(files)} images of {annotations} are not there: {missing[0]}, ..."
+        )
+    return len(files)
+
+
+def _train_pipeline(s: Coco) -> list[dict[str, Any]]:
+    if isinstance(s.input, Lsj):
+        size = (s.input.size, s.input.size)
+        resize = [
+            {"type": "RandomResize", "scale": size, "ratio_range": s.input.scale, "keep_ratio": True},
+            {"type": "RandomCrop", "crop_size": size, "crop_type": "absolute", "recompute_bbox": True,
+             "allow_negative_crop": True},
+        ]  # fmt: skip
+    else:
+        resize = [_detr(s.input)]
+    return [
+        {"type": "LoadImageFromFile"},
+        {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
+        {"type": "RandomFlip", "prob": 0.5},
+        *resize,
+        {"type": "FilterAnnotations", "min_gt_bbox_wh": (1e-2, 1e-2), "keep_empty": True},
+        {"type": "PackDetInputs"},
+    ]
+
+
+def _detr(m: MultiScale) -> dict[str, Any]:
+    def sides(short: list[int], long: int) -> dict[str, Any]:
+        return {"type": "RandomChoiceResize", "scales": [(side, long) for side in short], "keep_ratio": True}
+
+    crop = {"type": "RandomCrop", "crop_type": "absolute_range", "crop_size": m.crop, "recompute_bbox": True,
+            "allow_negative_crop": True}  # fmt: skip
+    plain = sides(m.short, m.long)
+    return {"type": "RandomChoice", "transforms": [[plain], [sides(m.first, 7 * max(m.first)), crop, plain]]}
+
+
+def _test_pipeline(s: Coco) -> list[dict[str, Any]]:
+    scale = (s.input.size, s.input.size) if isinstance(s.input, Lsj) else (s.input.long, max(s.input.short))
+    return [
+        {"type": "LoadImageFromFile"},
+        {"type": "Resize", "scale": scale, "keep_ratio": True},
+        {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
+        {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")},
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, Any]:
+    """mmdet's config of the detector."""
+    encoder, dim = subject.encoder, subject.encoder.arch.dim
+    patch = encoder.arch.patch
+    # Fixed squares are padded to their size; others to what both the patch and the smallest map divide.
+    multiple = s.input.size if isinstance(s.input, Lsj) else 2 * patch
+    if multiple % (2 * patch):
+        raise UserError(
+            f"science.input.size={multiple} is not a multiple of {2 * patch}, twice the patch of {subject.arch}"
+        )
+    grid = (multiple // patch, multiple // patch)
+    strides = [patch // 4, patch // 2, patch, 2 * patch, 4 * patch]
+    norm = {name: norm_cfg(name, synchronised) for name in ("LN", "GN", "SyncBN")}
+    neck: dict[str, Any] = {"type": "SslbenchSimplePyramid", "dim": dim, "norm": norm["LN"], "out": s.width}
+    if s.neck == "taps":
+        fpn = norm[s.fpn_norm] if s.fpn_norm else None
+        neck = {"type": "SslbenchTapPyramid", "dim": dim, "norm": norm[s.neck_norm], "fpn_norm": fpn, "out": s.width}
+    box_coder = {"type": "DeltaXYWHBBoxCoder", "target_means": [0.0] * 4}
+    box_loss = {"type": "GIoULoss", "loss_weight": 10.0} if s.box_loss == "giou" else {"type": "L1Loss"}
+    cross_entropy = {"type": "CrossEntropyLoss", "loss_weight": 1.0}
+    nms = {"type": "nms", "iou_threshold": 0.7}
+
+    def roi(size: int) -> dict[str, Any]:
+        return {
+            "type": "SingleRoIExtractor",
+            "roi_layer": {"type": "RoIAlign", "output_size": size, "sampling_ratio": 0},
+            "out_channels": s.width,
+            "featmap_strides": strides[:4],
+            "finest_scale": 56 * patch // 16,
+        }
+
+    def assign(positive: float, negative: float, least: float, low_quality: bool) -> dict[str, Any]:
+        return {"type": "MaxIoUAssigner", "pos_iou_thr": positive, "neg_iou_thr": negative, "min_pos_iou": least,
+                "match_low_quality": low_quality, "ignore_iof_thr": -1}  # fmt: skip
+
+    def sample(n: int, share: float, truth: bool) -> dict[str, Any]:
+        return {
+            "type": "RandomSampler",
+            "num": n,
+            "pos_fraction": share,
+            "neg_pos_ub": -1,
+            "add_gt_as_proposals": truth,
+        }
+
+    train, test = s.proposals
+    return {
+        "type": "MaskRCNN",
+        "data_preprocessor": {
+            "type": "DetDataPreprocessor",
+            "mean": [255 * m for m in subject.mean],
+            "std": [255 * d for d in subject.std],
+            "bgr_to_rgb": True,
+            "pad_mask": True,
+            "pad_size_divisor": multiple,
+        },
+        "backbone": {
+            "type": "SslbenchViT",
+            "encoder": encoder,
+            "config": s.encoder,
+            "grid": grid,
+            "checkpointing": machine.activation_checkpointing,
+        },
+        "neck": neck,
+        "rpn_head": {
+            "type": "RPNHead",
+            "in_channels": s.width,
+            "feat_channels": s.width,
+            "num_convs": s.rpn_convs,
+            "anchor_generator": {"type": "AnchorGenerator", "scales": [8], "ratios": [0.5, 1, 2], "strides": strides},
+            "bbox_coder": {**box_coder, "target_stds": [1.0] * 4},
+            "loss_cls": {**cross_entropy, "use_sigmoid": True},
+            "loss_bbox": {"type": "L1Loss"},
+        },
+        "roi_head": {
+            "type": "StandardRoIHead",
+            "bbox_roi_extractor": roi(7),
+            "bbox_head": {
+                "type": "Shared4Conv1FCBBoxHead",
+                "in_channels": s.width,
+                "conv_out_channels": s.width,
+                "fc_out_channels": 4 * s.width,
+                "roi_feat_size": 7,
+                "num_classes": 80,
+                "norm_cfg": norm[s.box_norm],
+                "bbox_coder": {**box_coder, "target_stds": [0.1, 0.1, 0.2, 0.2]},
+                "reg_class_agnostic": False,
+                "reg_decoded_bbox": s.box_loss == "giou",
+                "loss_cls": cross_entropy,
+                "loss_bbox": box_loss,
+            },
+            "mask_roi_extractor": roi(14),
+            "mask_head": {
+                "type": "FCNMaskHead",
+                "num_convs": 4,
+                "in_channels": s.width,
+                "conv_out_channels": s.width,
+                "num_classes": 80,
+                "norm_cfg": norm[s.mask_norm] if s.mask_norm else None,
+                "loss_mask": {"type": "CrossEntropyLoss", "use_mask": True, "loss_weight": 1.0},
+            },
+        },
+        "train_cfg": {
+            "rpn": {"assigner": assign(0.7, 0.3, 0.3, True), "sampler": sample(256, 0.5, False), "allowed_border": -1,
+                    "pos_weight": -1, "debug": False},
+            "rpn_proposal": {"nms_pre": 2000, "max_per_img": train, "nms": nms, "min_bbox_size": 0},
+            "rcnn": {"assigner": assign(0.5, 0.5, 0.5, False), "sampler": sample(s.rois, 0.25, True), "mask_size": 28,
+                     "pos_weight": -1, "debug": False},
+        },
+        "test_cfg": {
+            "rpn": {"nms_pre": 1000, "max_per_img": test, "nms": nms, "min_bbox_size": 0},
+            "rcnn": {"score_thr": 0.05, "nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 100,
+                     "mask_thr_binary": 0.5},
+        },
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- the numbers
+
+
+def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """({metric: percent}, condition). Predictions go to `folder`/predictions.{bbox,segm}.json, in COCO's format."""
+    dataset, prefix = job.val.dataset, str(folder / "predictions")
+    metric = CocoMetric(
+        ann_file=dataset.ann_file, metric=["bbox", "segm"], format_only=True, outfile_prefix=prefix, backend_args=None
+    )
+    loader = {
+        "batch_size": 1,
+        "num_workers": job.machine.workers,
+        "dataset": dataset,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+    }
+    runner = make_runner(
+        folder, net, fabric, test_dataloader=loader, test_cfg={"type": "TestLoop"}, test_evaluator=Evaluator([metric])
+    )
+    runner.test()
+    truth = COCO(dataset.ann_file)
+    values: dict[str, float] = {}
+    for kind, name in (("bbox", "bbox"), ("segm", "mask")):
+        found = json.loads(Path(f"{prefix}.{kind}.json").read_text())
+        stats = _average_precision(truth, found, kind)
+        values |= {f"{name}_{n}": 100 * max(0.0, float(x)) for n, x in zip(NAMES, stats, strict=False)}
+    draw(job, net, folder)
+    return values, {"iterations": job.total(job.batch_size)}
+
+
+def _average_precision(truth: COCO, found: list[dict[str, Any]], kind: str) -> Any:
+    """pycocotools' stats: AP, AP50, AP75, ...; nothing found is 0."""
+    if not found:
+        return np.zeros(12)
+    if kind == "segm":  # areas are those of the masks
+        found = [{k: v for k, v in f.items() if k != "bbox"} for f in found]
+    evaluation = COCOeval(truth, truth.loadRes(found), kind)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats
+
+
+def draw(job: Any, net: Any, folder: Path) -> None:
+    """`folder`/pictures: ground truth left, predictions right."""
+    import mmcv
+
+    visualizer = DetLocalVisualizer()
+    visualizer.dataset_meta = job.val.dataset.metainfo
+    count = min(job.machine.pictures, len(job.val))
+    for index in np.linspace(0, len(job.val) - 1, count).astype(int).tolist():
+        item = job.val.dataset[index]
+        (sample,) = net.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
+        image = mmcv.imread(sample.img_path, channel_order="rgb")
+        out = folder / "pictures" / f"{Path(sample.img_path).stem}.png"
+        visualizer.add_datasample("val", image, sample.cpu(), pred_score_thr=0.3, out_file=str(out))

@@ -1,0 +1,233 @@
+"""`sslbench transfer`: train an encoder with a head on dense labels, score it, and its numbers into the ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from ..data.loader import seed_of
+from ..errors import UserError
+from ..evaluate.features import Subject, newest_run, open_subject, read_safetensors
+from ..evaluate.run import to_ledger
+from ..ledger import Record, Scale
+from ..paths import home
+from ..recipe import Batch, digest
+from ..train.loop import fit, make_fabric, read_run
+from ..train.state import write_atomically, write_json
+from .protocol import TransferRecipe
+
+EXTRA = "pip install 'sslbench[transfer]', or in a clone pip install -e '.[transfer]'"
+PARTS = ("models", "datasets", "evaluation", "visualization")  # of mmdet and mmseg
+
+
+@dataclass
+class Split:
+    """A data set of mmdet or mmseg, with what the suite asks of one."""
+
+    name: str
+    split: str
+    dataset: Any
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def require() -> None:
+    """Make the mm libraries importable, or a UserError that says what to install."""
+    try:
+        with quiet():
+            importlib.import_module("mmengine")
+            importlib.import_module(".ops", __package__).install()
+            for name in ("mmcv.ops", "pycocotools.coco", *(f"{a}.{b}" for a in ("mmdet", "mmseg") for b in PARTS)):
+                importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        raise UserError(f"transfer needs the mm libraries, and '{e.name}' is not installed: {EXTRA}") from None
+    except ImportError as e:
+        hint = "install the system's libGL (apt-get install libgl1 libglib2.0-0)" if "lib" in str(e) else EXTRA
+        raise UserError(f"the mm libraries are installed but do not load ({e}): {hint}") from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what mm libraries and pycocotools print: standard output is ours."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class TransferJob:
+    """One recipe on one encoder and one data set, for `fit`."""
+
+    too_large = "use --set science.batch_size="
+
+    def __init__(self, recipe: TransferRecipe, subject: Subject, root: Path) -> None:
+        s = recipe.science
+        self.task = importlib.import_module(f".{s.protocol}", __package__)
+        if not torch.cuda.is_available():
+            if recipe.machine.precision == "bf16":
+                raise UserError("precision bf16: mmengine's mixed precision needs a GPU; on a CPU use 32")
+            if recipe.machine.precision == "auto":
+                recipe.machine.precision = "32"
+        self.recipe, self.science, self.machine, self.subject = recipe, s, recipe.machine, subject
+        self.kind, self.optim, self.seed, self.batch_size = s.protocol, s.optim, s.seed, s.batch_size
+        self.depth, self.label = subject.encoder.arch.depth, f"{s.protocol} {subject.method} {subject.arch}"
+        self.patch = subject.encoder.arch.patch
+        if self.patch % 4:
+            raise UserError(
+                f"{subject.arch} has patch {self.patch}; the pyramid halves it twice, so it must be a multiple of 4"
+            )
+        with self.scope():
+            self.train, self.val = self.task.open_data(root, s)
+        self.spec = self.train.name
+        science = {k: v for k, v in s.model_dump(mode="json").items() if k != "seed"}
+        self.protocol = {"name": recipe.name, "hash": digest(science)}
+        hash = digest([self.protocol["hash"], subject.sha256, self.spec, self.train.fingerprint])
+        self.identity = {"arch": subject.arch, "recipe_hash": hash, "seed": s.seed}
+        origin = subject.path.parent.name if subject.run and subject.path else subject.name
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", origin)
+        self.folder_name = f"{self.kind}_{stem}_{hash[:8]}" + (f"_s{s.seed}" if s.seed else "")
+
+    def batch(self) -> Batch:
+        return Batch.divide(self.batch_size, self.machine)
+
+    def data(self) -> Split:
+        return self.train
+
+    def total(self, batch: int) -> int:
+        """Iterations."""
+        s = self.science
+        return s.iterations or max(1, round(len(self.train) // batch * (s.epochs or 0)))
+
+    def build(self, synchronised: bool = False) -> nn.Module:
+        """The detector or segmentor, its heads drawn from the seed, its backbone the subject's encoder."""
+        from mmengine.config import ConfigDict
+        from mmengine.registry import MODELS
+
+        torch.manual_seed(seed_of("weights", self.seed))
+        config = self.task.model(self.science, self.subject, self.machine, synchronised)
+        with self.scope():
+            model = MODELS.build(ConfigDict(config))
+            model.init_weights()
+        return model
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """Where mm libraries look names up: mmdet or mmseg; quietly."""
+        from mmengine.registry import DefaultScope
+
+        with quiet(), DefaultScope.overwrite_default_scope(self.task.SCOPE):
+            yield
+
+    def flops_per_image(self) -> None:
+        """Unknown: what the heads compute depends on what they find."""
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "method": self.subject.method,
+            "data": self.spec,
+            "recipe": self.recipe.name,
+            "protocol": self.protocol,
+            "subject": self.subject.facts(),
+            **self.identity,
+        }
+
+    def save_weights(self, path: Path, model: nn.Module) -> None:
+        metadata = {"kind": self.kind, "science": self.science.model_dump_json(), "classes": json.dumps(self.classes)}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        write_atomically(path, safetensors_bytes(tensors, metadata))
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.val.dataset.metainfo["classes"])
+
+
+def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console: Console) -> dict[str, Any]:
+    """The ledger record of the main number. A finished run folder gives the number that it has."""
+    require()
+    kind = recipe.science.protocol
+    root = find_data(kind, data)
+    if run is None:
+        run = str(newest_run())
+        console.print(f"the newest finished run: {run}")
+    job = TransferJob(recipe, open_subject(run, recipe.science.seed), root)
+    folder = home() / "runs" / job.folder_name
+    console.print(f"{folder}: batch {job.batch()}, {job.total(job.batch_size)} iterations, {len(job.train)} images")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = fit(job, folder, console, by=importlib.import_module(".runner", __package__).train)  # type: ignore[arg-type]
+        if not _alone():
+            return {}
+        info = read_run(folder)
+        if "records" in info:
+            console.print(f"{folder} is finished: the numbers below are those it has in the ledger")
+            records = [Record.model_validate(r) for r in info["records"]]
+        else:
+            console.print(f"{done}; scoring {len(job.val)} validation images")
+            records = score(job, folder, info)
+    for r in records:
+        console.print(f"{r.metric:10} {r.value:6.2f} %  {r.dataset}, n={r.n}, {r.protocol.name}")
+    return records[0].model_dump(mode="json")
+
+
+def _alone() -> bool:
+    """Leave the processes that trained together; the first of them scores, by itself."""
+    if not torch.distributed.is_initialized():
+        return True
+    rank = torch.distributed.get_rank()
+    torch.distributed.destroy_process_group()
+    return rank == 0
+
+
+def score(job: TransferJob, folder: Path, info: dict[str, Any]) -> list[Record]:
+    """Test the weights of `folder` on val, once, and append what was found; the main number comes first."""
+    began = time.perf_counter()
+    fabric = make_fabric(job.machine.model_copy(update={"devices": 1, "nodes": 1}))
+    model = job.build()
+    tensors, _ = read_safetensors(folder / "weights.safetensors")
+    model.load_state_dict(tensors)
+    with job.scope():
+        values, condition = job.task.score(job, model.to(fabric.device), folder, fabric)
+    spent = {**info["cost"], "wall_s": info["cost"]["wall_s"] + time.perf_counter() - began}
+    facts = {**job.subject.facts(), "sha256": info["weights_sha256"]}
+    condition = {**condition, "eval_run": folder.name}
+    size = job.task.image_size(job.science)
+    scale: Scale = "paper" if job.spec == job.kind and size >= 512 else "tiny"
+    common = (job.val, job.spec, job.protocol, condition, job.seed, size, spent, info)
+    records = [
+        to_ledger(facts, metric, value, *common, accuracy=False, scale=scale) for metric, value in values.items()
+    ]
+    write_json(folder / "run.json", {**info, "records": [r.model_dump(mode="json") for r in records]})
+    return records
+
+
+def find_data(kind: str, data: str | None) -> Path:
+    """The data set's folder: --data, that name under $SSLBENCH_DATA, or its usual name there."""
+    root = os.environ.get("SSLBENCH_DATA")
+    usual = {"coco": ["coco"], "ade20k": ["ADEChallengeData2016", "ade20k"]}[kind]
+    names = [data.removeprefix(f"{kind}:")] if data else usual
+    places = [Path(n).expanduser() for n in names if data] + [Path(root) / n for n in names if root]
+    found = next((p for p in places if p.is_dir()), None)
+    if found is None:
+        looked = f"looked for {', '.join(map(str, places))}" if places else "SSLBENCH_DATA is not set"
+        layout = {
+            "coco": "annotations/instances_{train,val}2017.json, train2017/, val2017/",
+            "ade20k": "images/{training,validation}/, annotations/{training,validation}/",
+        }[kind]
+        raise UserError(f"no {kind} data set ({looked}); point to it with --data DIR, which holds {layout}")
+    return found

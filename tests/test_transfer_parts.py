@@ -1,0 +1,299 @@
+"""The parts that `sslbench transfer` is built of: operators, backbone, necks, layer decay, schedule, recipes."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from sslbench.errors import UserError
+from sslbench.recipe import recipe_files
+from sslbench.transfer.protocol import Encoder, transfer_recipe
+from sslbench.transfer.run import require
+from sslbench.vit import Arch, VisionTransformer, initialise, resample_positions
+
+for module in ("mmengine", "mmcv", "mmdet", "mmseg"):
+    pytest.importorskip(module, reason="needs the extra `transfer`", exc_type=ImportError)
+require()
+
+from sslbench.transfer import backbone as vit  # noqa: E402
+from sslbench.transfer import necks, ops  # noqa: E402
+from sslbench.transfer.runner import LayerDecay, Order, schedule  # noqa: E402
+
+SMALL = Arch(patch=8, dim=48, depth=12, heads=3, image=32)  # 4 x 4 tokens
+
+
+def encoder(arch=SMALL, seed=0):
+    torch.manual_seed(seed)
+    model = VisionTransformer(arch)
+    initialise(model)
+    return model.eval()
+
+
+def backbone(grid=(4, 4), **config):
+    return vit.Backbone(encoder(), Encoder(**{"drop_path": 0.0, **config}), grid).eval()
+
+
+def boxes(n, size, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    corner = torch.rand(n, 2, generator=g) * size * 0.7
+    return torch.cat([corner, corner + 2 + torch.rand(n, 2, generator=g) * size * 0.3], 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_nms_through_mmcv_is_torchvisions(offset):
+    from mmcv.ops import nms
+
+    b, scores = boxes(200, 40), torch.rand(200, generator=torch.Generator().manual_seed(1))
+    found, index = nms(b, scores, 0.5, offset=offset)
+    wider = b + torch.tensor([0, 0, offset, offset])
+    assert index.tolist() == torchvision.ops.nms(wider, scores, 0.5).tolist() and len(index) < 150
+    torch.testing.assert_close(found, torch.cat([b, scores[:, None]], 1)[index])
+
+
+def test_batched_nms_through_mmcv_is_torchvisions():
+    from mmcv.ops import batched_nms
+
+    g = torch.Generator().manual_seed(1)
+    b, scores, kinds = boxes(200, 40), torch.rand(200, generator=g), torch.randint(0, 4, (200,), generator=g)
+    _, index = batched_nms(b, scores, kinds, {"type": "nms", "iou_threshold": 0.5})
+    assert index.tolist() == torchvision.ops.batched_nms(b, scores, kinds, 0.5).tolist()
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_roi_align_through_mmcv_is_torchvisions_forward_and_backward(aligned, sampling):
+    from mmcv.ops import RoIAlign
+
+    x = torch.randn(2, 5, 16, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rois = torch.cat([torch.tensor([[0.0]] * 6 + [[1.0]] * 6), boxes(12, 64)], 1).double()
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    a = RoIAlign((7, 5), 0.25, sampling, "avg", aligned)(ours, rois)
+    b = torchvision.ops.roi_align(theirs, rois, (7, 5), 0.25, sampling, aligned)
+    torch.testing.assert_close(a, b, atol=0, rtol=0)
+    weight = torch.randn(b.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (a * weight).sum().backward()
+    (b * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=0, rtol=0)
+
+
+def test_the_stand_in_raises_for_what_it_has_not_and_leaves_a_compiled_extension_alone(monkeypatch):
+    extension = ops.StandIn(ops.EXTENSION)
+    with pytest.raises(NotImplementedError, match="'deform_conv_forward' is not compiled"):
+        extension.deform_conv_forward(1, 2)
+    compiled = type(ops)("mmcv._ext")
+    compiled.__spec__ = ops.ModuleSpec("mmcv._ext", None)
+    monkeypatch.setitem(ops.sys.modules, ops.EXTENSION, compiled)
+    assert ops.install() == "mmcv" and ops.sys.modules[ops.EXTENSION] is compiled
+    monkeypatch.delitem(ops.sys.modules, ops.EXTENSION)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    assert ops.install() == "torchvision" and isinstance(ops.sys.modules[ops.EXTENSION], ops.StandIn)
+
+
+# ------------------------------------------------------------------------------------------------------------- backbone
+
+
+def plain_taps(model, images, taps):
+    """Patch tokens behind blocks `taps` of the plain ViT at the size of the images, as maps."""
+    grid = images.shape[2] // model.arch.patch, images.shape[3] // model.arch.patch
+    other = VisionTransformer(model.arch, (images.shape[2], images.shape[3])).eval()
+    table = resample_positions(model.pos_embed, model.grid, grid)
+    other.load_state_dict({**model.state_dict(), "pos_embed": table})
+    x, out = other.tokens(images), []
+    for i, block in enumerate(other.blocks):
+        x = block(x)
+        if i in taps:
+            out.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))
+    return out
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 64)])
+@torch.no_grad()
+def test_features_are_the_plain_vits_at_the_size_of_pre_training_and_at_another(size):
+    images = torch.randn(2, 3, *size)
+    maps = backbone(keep_cls=True)(images)
+    for found, expected in zip(maps, plain_taps(encoder(), images, [3, 5, 7, 11]), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_window_of_all_tokens_is_global_attention_and_a_smaller_one_is_not():
+    images = torch.randn(2, 3, 32, 32)
+    (everywhere,) = backbone(taps=[11])(images)
+    (one,) = backbone(taps=[11], window=4, global_blocks=[])(images)
+    (four,) = backbone(taps=[11], window=2, global_blocks=[])(images)
+    torch.testing.assert_close(one, everywhere, atol=1e-5, rtol=1e-5)
+    assert (four - everywhere).abs().max() > 1e-3
+    # No window sees another: what changes in one corner stays there.
+    images[:, :, :16, :16] = 0
+    moved = (backbone(taps=[11], window=2, global_blocks=[])(images)[0] - four).abs().amax((0, 1))
+    assert moved[:2, :2].min() > 0 and moved[2:].max() == 0 and moved[:, 2:].max() == 0
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (3, 9)])
+def test_windows_that_overhang_are_filled_with_zeros_and_cut_off_again(grid):
+    x = torch.randn(2, grid[0] * grid[1], 6)
+    tiles, tiled = vit.to_windows(x, grid, 3)
+    assert tiles.shape == (2 * tiled[0] * tiled[1], 9, 6) and tiled == (-(-grid[0] // 3), -(-grid[1] // 3))
+    assert tiles.sum().item() == pytest.approx(x.sum().item(), abs=1e-4)
+    assert vit.from_windows(tiles, tiled, grid, 3).equal(x)
+    torch.testing.assert_close(tiles[0].view(3, 3, 6), x.unflatten(1, grid)[0, :3, :3])
+
+
+def test_relative_positions_add_what_their_tables_say():
+    heads, c, grid = 3, 16, (3, 4)
+    table, parts = vit.Table(grid, heads, cls=True), vit.Decomposed(grid, c)
+    for p in (*table.parameters(), *parts.parameters()):
+        nn.init.normal_(p)
+    bias, q, k = table(), torch.randn(1, heads, 12, c), torch.randn(1, heads, 12, c)
+    scale = c**-0.5
+    more_q, more_k = parts(q, k, scale)
+    scores = scale * more_q @ more_k.transpose(-2, -1)
+    assert bias.shape == (1, heads, 13, 13) and more_q.shape[-1] % 8 == 0
+    for i in range(12):
+        for j in range(12):
+            down, across = i // 4 - j // 4, i % 4 - j % 4
+            torch.testing.assert_close(bias[0, :, 1 + i, 1 + j], table.table[:, down + 2, across + 3])
+            offset = parts.rows[down + 2] + parts.columns[across + 3]
+            expected = scale * (q[0, :, i] * k[0, :, j]).sum(-1) + (q[0, :, i] * offset).sum(-1)
+            torch.testing.assert_close(scores[0, :, i, j], expected, atol=1e-5, rtol=1e-5)
+    assert bias[0, :, 0, 0].equal(table.cls[2]) and bias[0, :, 0, 5].equal(table.cls[0])
+    assert bias[0, :, 5, 0].equal(table.cls[1])
+
+
+@pytest.mark.parametrize("kind", ["table", "decomposed", "shared"])
+def test_relative_positions_start_at_zero_and_learn_with_checkpointing_too(kind):
+    images, windows = torch.randn(2, 3, 32, 32), {"window": 3, "taps": [11]}
+    gradients = []
+    for checkpointing in (False, True):
+        model = backbone(relative_positions=kind, **windows)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), backbone(**windows)(images), atol=1e-5, rtol=1e-5)
+        model.checkpointing = checkpointing
+        model.train()(images)[0].square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert all(g is not None for g in gradients[0].values())
+    for name, g in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], g, msg=name)
+    tables = [n for n in gradients[0] if ("relative" in n or "shared" in n)]
+    assert len(tables) == {"table": 12, "decomposed": 24, "shared": 2}[kind]
+    assert all(gradients[0][n].abs().max() > 0 for n in tables)
+
+
+def test_positions_are_rebuilt_or_frozen_where_the_protocol_says_so_and_blocks_scale_with_depth():
+    rebuilt = backbone(rebuild_positions=True, position_grid=(6, 5), train_positions=False)
+    assert rebuilt.pos_embed.shape == (1, 31, 48) and not rebuilt.pos_embed.requires_grad
+    assert backbone(position_grid=(8, 8)).pos_embed.shape == (1, 65, 48)
+    assert vit.scaled([2, 5, 8, 11], 24) == [5, 11, 17, 23] and vit.scaled([3, 5, 7, 11], 24) == [7, 11, 15, 23]
+    assert vit.scaled([2, 5, 8, 11], 12) == [2, 5, 8, 11] and vit.scaled([2, 5, 8, 11], 32) == [7, 15, 23, 31]
+    rates = [b.drop_path1.drop_prob for b in backbone(drop_path=0.11).blocks]
+    assert rates == pytest.approx([0.01 * i for i in range(12)])
+
+
+# -------------------------------------------------------------------------------------------- necks, optimiser, recipes
+
+
+def test_pyramids_have_five_levels_of_strides_a_quarter_to_four_patches():
+    maps = tuple(torch.randn(1, 48, 8, 6) for _ in range(4))
+    norm = {n: necks.norm_cfg(n, synchronised=False) for n in ("LN", "GN", "SyncBN")}
+    norm["GN"]["num_groups"] = 4
+    for neck in (
+        necks.SimplePyramid(48, norm["LN"], out=16),
+        necks.TapPyramid(48, norm["GN"], norm["SyncBN"], out=16),
+        necks.TapPyramid(48, norm["SyncBN"], None, out=16),
+    ):
+        shapes = [tuple(x.shape) for x in neck(maps)]
+        assert shapes == [(1, 16, 32, 24), (1, 16, 16, 12), (1, 16, 8, 6), (1, 16, 4, 3), (1, 16, 2, 2)]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(x.dtype == torch.float32 for x in neck(maps))
+    four = [tuple(x.shape[2:]) for x in necks.Rescale(48, norm["SyncBN"])(maps)]
+    assert four == [(32, 24), (16, 12), (8, 6), (4, 3)]
+
+
+def test_layer_decay_has_vitdets_scales_and_no_weight_decay_on_norms_and_positions():
+    optim = transfer_recipe("coco", "coco_vitdet").science.optim
+    model = nn.Module()
+    model.backbone = backbone(relative_positions="decomposed", taps=[11])
+    model.head = nn.Sequential(nn.Linear(48, 4), nn.LayerNorm(4))
+    wrapper = LayerDecay({"type": "OptimWrapper"}, {"depth": 12, "optim": optim})(model)
+    groups = {id(p): g for g in wrapper.optimizer.param_groups for p in g["params"]}
+    assert len(groups) == sum(p.requires_grad for p in model.parameters())
+    scale = lambda p: round(groups[id(p)]["lr"] / optim.lr, 7)  # noqa: E731
+    decay = lambda p: groups[id(p)]["weight_decay"]  # noqa: E731
+    b = model.backbone
+    assert scale(b.patch_embed.proj.weight) == scale(b.pos_embed) == 0.0096889
+    assert scale(b.blocks[0].attn.qkv.weight) == scale(b.blocks[0].relative.rows) == 0.0138413
+    assert scale(b.blocks[11].mlp.fc2.weight) == 0.7 and scale(model.head[0].weight) == 1
+    assert decay(b.pos_embed) == decay(b.blocks[3].norm1.weight) == decay(b.blocks[3].norm1.bias) == 0
+    assert decay(model.head[1].weight) == decay(model.head[1].bias) == 0
+    assert decay(b.blocks[3].attn.qkv.bias) == decay(model.head[0].bias) == decay(model.head[0].weight) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "at"),
+    [
+        ("coco", "coco_vitdet", {0: 1e-7, 10: 1e-4, 8888: 1e-4, 8889: 1e-5, 9630: 1e-6}),
+        ("coco", "coco_asl", {0: 8e-8, 10: 8e-5, 5005: 4e-5, 9999: 0}),
+        ("coco", "coco_ccmim", {0: 3e-7, 10: 3e-4, 7499: 3e-4, 7500: 3e-5, 9167: 3e-6}),
+        ("ade20k", "ade20k_mae", {0: 1e-10, 10: 1e-4, 5005: 5e-5, 9999: 0}),
+    ],
+)
+def test_the_lr_follows_the_papers_schedule(kind, name, at):
+    """At 10,000 iterations, 10 of them warm-up."""
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    o = transfer_recipe(kind, name).science.optim
+    short = o.model_copy(update={"warmup": 10})
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=o.lr)
+    schedulers = [PARAM_SCHEDULERS.build({**c, "optimizer": optimizer}) for c in schedule(short, 10_000)]
+    for step in range(max(at) + 1):
+        if step in at:
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(at[step], rel=1e-3, abs=1e-7), step
+        optimizer.step()
+        for s in schedulers:
+            s.step()
+
+
+def test_milestones_are_vitdets_and_caes():
+    vitdet, cae = (transfer_recipe("coco", n).science for n in ("coco_vitdet", "coco_ccmim"))
+    assert schedule(vitdet.optim, vitdet.iterations)[1]["milestones"] == [163889, 177546]
+    assert schedule(cae.optim, 12 * 3665)[1]["milestones"] == [9 * 3665, 11 * 3665]
+
+
+def test_every_rank_reads_its_part_of_one_order_from_any_step_on():
+    from sslbench.recipe import Batch
+
+    batch = Batch(total=8, micro=2, world=2, accumulation=2)
+    whole = [[key for part in zip(*(Order(30, 0, batch, r, s, s + 1) for r in (0, 1)), strict=True) for k in part
+              for key in k] for s in range(6)]  # fmt: skip
+    assert all(len(step) == 8 for step in whole) and [step[0][0] for step in whole] == [0, 0, 0, 1, 1, 1]
+    for epoch in (0, 3):
+        assert len({i for step in whole[epoch : epoch + 3] for _, i in step}) == 24
+    resumed = list(Order(30, 0, batch, 0, 4, 6))
+    assert resumed == list(Order(30, 0, batch, 0, 0, 6))[-len(resumed) :] and len(resumed) == 4
+
+
+@pytest.mark.parametrize("name", recipe_files("transfer"))
+def test_every_recipe_resolves_and_opens_with_its_command(name):
+    kind = name.split("_")[0]
+    assert transfer_recipe(kind, name).science.protocol == kind
+    text = recipe_files("transfer")[name].read_text()
+    assert text.startswith(f"# sslbench transfer {kind} [RUN] --recipe {name}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("science.encoder.keep_cls=true", "no room for CLS"),
+        ("science.neck=taps", "its neck_norm is GN or SyncBN"),
+        ("science.epochs=3", "give iterations or epochs"),
+        ("science.encoder.windows=14", "did you mean 'window'"),
+        ("machine.compile=true", "compile"),
+        ("science.encoder.taps=[12]", "not of a ViT of 12 blocks"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_and_says_why(setting, says):
+    with pytest.raises(UserError, match=says):
+        transfer_recipe("coco", None, [setting])
