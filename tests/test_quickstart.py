@@ -28,10 +28,10 @@ def test_quickstart_measures_every_method_beside_the_untrained_vit(run_sslbench,
 
 @pytest.mark.slow
 def test_ocl_gains_four_points_of_knn_over_the_untrained_vit(home):
-    """Mean of 3 seeds, at the settings of quickstart, for the 12 epochs of its recipe."""
+    """Mean of 2 seeds, at the settings of quickstart, for the 12 epochs of its recipe."""
     quiet = Console(quiet=True)
     gains = []
-    for seed in range(3):
+    for seed in range(2):
         recipe = compose("ocl", science={"data": {"spec": "builtin", "image_size": SIZE}, "seed": seed})
         pretrain(recipe, home / f"s{seed}", quiet, progress=False)
         trained, untrained = (
@@ -40,4 +40,4 @@ def test_ocl_gains_four_points_of_knn_over_the_untrained_vit(home):
         )
         gains.append(trained - untrained)
     print("k-NN gains over the untrained ViT:", gains)
-    assert sum(gains) / 3 >= 4, gains
+    assert sum(gains) / 2 >= 4, gains

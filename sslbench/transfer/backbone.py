@@ -176,6 +176,7 @@ class Decomposed(nn.Module):
         place = torch.cat(
             [torch.eye(grid[0]).repeat_interleave(grid[1], dim=0), torch.eye(grid[1]).repeat(grid[0], 1)], dim=1
         )
+        self.place: Tensor
         self.register_buffer("place", place, persistent=False)  # (T, rows + columns)
 
     def forward(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,12 @@ MODELS.register_module(name="LN2d", module=LayerNorm2d, force=True)
 
 def norm_cfg(name: str, synchronised: bool) -> dict[str, Any]:
     """mmcv's words for a norm; SyncBN is plain BN where one process trains."""
-    return {
+    words: dict[str, dict[str, Any]] = {
         "LN": {"type": "LN2d", "eps": 1e-6},
         "GN": {"type": "GN", "num_groups": 32},
         "SyncBN": {"type": "SyncBN" if synchronised else "BN"},
-    }[name]
+    }
+    return words[name]
 
 
 def _norm(config: dict[str, Any], channels: int) -> nn.Module:

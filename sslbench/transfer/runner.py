@@ -208,8 +208,8 @@ def _bare(model: Any) -> nn.Module:
 
 def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, progress: bool) -> None:
     """What `fit` calls for a transfer: `run.job` trained by mmengine, from its newest checkpoint where it has one."""
-    job, machine, fabric = run.job, run.job.machine, run.fabric
-    o, seed = job.optim, job.seed
+    job: Any = run.job  # a TransferJob
+    machine, fabric, o, seed = job.machine, run.fabric, job.optim, job.seed
     provenance.reset_peak_memory(fabric.device.type)
     model = job.build(synchronised=fabric.world_size > 1 and fabric.device.type == "cuda")
     total, per_epoch = job.total(batch.total), len(data) // batch.total
