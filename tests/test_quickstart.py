@@ -13,7 +13,7 @@ from sslbench.train.loop import pretrain
 
 
 def test_quickstart_measures_every_method_beside_the_untrained_vit(run_sslbench, tmp_path):
-    done = run_sslbench("quickstart", "--minutes", "0.7", "--json", home=tmp_path)
+    done = run_sslbench("quickstart", "--minutes", "0.5", "--json", home=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     page = (tmp_path / answer["report"]).read_text()

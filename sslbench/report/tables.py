@@ -182,7 +182,7 @@ def _plain_name(protocol: str, metric: str) -> str:
     kind, _, pool = protocol.partition("_")
     standard, _, k = metric.partition("_k")
     if pool and kind in WORDS and standard == f"{kind}_top1":
-        return f"{WORDS[kind]}{f' k={k}' if k else ''}, {pool}"
+        return f"{WORDS[kind]}{f' k={k}' if k else ''}, {pool.replace('_', ' ')}"
     return f"{protocol} {metric}"
 
 
