@@ -110,6 +110,9 @@ class Coco(Schedule):
             raise ValueError("the simple pyramid has LayerNorm: set neck_norm=LN")
         if self.neck == "taps" and (self.neck_norm == "LN" or len(self.encoder.taps) != 4):
             raise ValueError("the neck of taps reads four of them, and its neck_norm is GN or SyncBN")
+        whole = self.encoder.global_blocks or not self.encoder.window
+        if self.encoder.relative_positions and whole and isinstance(self.input, MultiScale):
+            raise ValueError("relative positions of global blocks are for one size of image: set input.kind=lsj")
         return self
 
 
