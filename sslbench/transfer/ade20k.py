@@ -192,7 +192,6 @@ def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, floa
         test_evaluator=Evaluator([MeanIoU()]),
     )
     found = runner.test()
-    draw(job, net, folder)
     values = {name: found[name] for name in ("miou", "aacc", "macc")}
     return values, {"iterations": job.total(job.batch_size), "classes": found["classes"]}
 

@@ -286,7 +286,6 @@ def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, floa
         found = json.loads(Path(f"{prefix}.{kind}.json").read_text())
         stats = _average_precision(truth, found, kind)
         values |= {f"{name}_{n}": 100 * max(0.0, float(x)) for n, x in zip(NAMES, stats, strict=False)}
-    draw(job, net, folder)
     return values, {"iterations": job.total(job.batch_size)}
 
 

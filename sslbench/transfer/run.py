@@ -213,6 +213,8 @@ def score(job: TransferJob, folder: Path, info: dict[str, Any]) -> list[Record]:
         to_ledger(facts, metric, value, *common, accuracy=False, scale=scale) for metric, value in values.items()
     ]
     write_json(folder / "run.json", {**info, "records": [r.model_dump(mode="json") for r in records]})
+    with job.scope(), torch.inference_mode():
+        job.task.draw(job, model.eval(), folder)
     return records
 
 
