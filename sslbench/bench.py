@@ -16,6 +16,7 @@ from .listing import show
 from .method import methods
 from .pretrain import compose
 from .recipe import Recipe
+from .train.device import default_device
 from .train.loop import TrainStep, make_fabric
 from .train.meter import build, flops_per_image
 from .train.optim import adamw
@@ -47,11 +48,7 @@ def bench(
     columns = ("method", "arch", "precision", "images_per_s", "matmul_share", "peak_memory_gib", "data_wait")
     console.print()
     show([{k: round(r[k], 3) if isinstance(r[k], float) else r[k] for k in columns} for r in rows], console)
-    return {"hardware": provenance.hardware(_device()), "versions": provenance.versions(), "rows": rows}
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return {"hardware": provenance.hardware(default_device().type), "versions": provenance.versions(), "rows": rows}
 
 
 def _recipe(name: str, arch: str, batch: int, precision: str, compiled: bool, more: list[str]) -> Recipe:

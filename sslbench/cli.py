@@ -93,20 +93,31 @@ def quickstart(
     answer(as_json, run(minutes, seed, out, console(as_json)))
 
 
+Arch = Annotated[str | None, typer.Option("--arch", help="Such as vit_b16; `sslbench list archs`.")]
+Data = Annotated[str | None, typer.Option("--data", help="builtin, npz:PATH, folder:DIR, imagenet:DIR, or a name.")]
+PretrainRecipe = Annotated[str | None, typer.Option("--recipe", help="Name or path; `sslbench list recipes`.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="paper or official, where the two part.")]
+Epochs = Annotated[float | None, typer.Option("--epochs", min=0)]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images a step, over all devices.")]
+Devices = Annotated[int | None, typer.Option("--devices", min=1)]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1)]
+Precision = Annotated[str | None, typer.Option("--precision", help="32, bf16, 16 or auto.")]
+
+
 @app.command()
 def pretrain(
     method: str,
-    arch: Annotated[str | None, typer.Option(help="Such as vit_b16; `sslbench list archs`.")] = None,
-    data: Annotated[str | None, typer.Option(help="builtin, npz:PATH, folder:DIR, imagenet:DIR, or a name.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Name or path; `sslbench list recipes`.")] = None,
-    preset: Annotated[str | None, typer.Option(help="paper or official, where the two part.")] = None,
-    epochs: Annotated[float | None, typer.Option(min=0)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, over all devices.")] = None,
+    arch: Arch = None,
+    data: Data = None,
+    recipe: PretrainRecipe = None,
+    preset: Preset = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
     sets: Sets = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
-    devices: Annotated[int | None, typer.Option(min=1)] = None,
-    nodes: Annotated[int | None, typer.Option(min=1)] = None,
-    precision: Annotated[str | None, typer.Option(help="32, bf16, 16 or auto.")] = None,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    precision: Precision = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile")] = None,
     out: Out = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, at no cost.")] = False,
@@ -132,21 +143,21 @@ def pretrain(
 @app.command()
 def plan(
     method: str,
-    arch: Annotated[str | None, typer.Option()] = None,
-    data: Annotated[str | None, typer.Option()] = None,
-    recipe: Annotated[str | None, typer.Option()] = None,
-    preset: Annotated[str | None, typer.Option()] = None,
-    epochs: Annotated[float | None, typer.Option(min=0)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    arch: Arch = None,
+    data: Data = None,
+    recipe: PretrainRecipe = None,
+    preset: Preset = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
     sets: Sets = None,
-    devices: Annotated[int | None, typer.Option(min=1)] = None,
-    nodes: Annotated[int | None, typer.Option(min=1)] = None,
-    precision: Annotated[str | None, typer.Option()] = None,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    precision: Precision = None,
     on: Annotated[str | None, typer.Option(help="Another machine, such as A100x4: from FLOPs, not measured.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="To calibrate for, about.")] = 20.0,
     as_json: Json = False,
 ) -> None:
-    """What a pre-training will take: hours, memory, disk, from a short run of it. Options as those of `pretrain`."""
+    """What a pre-training will take: hours, memory, disk, from a short run of it."""
     from .plan import plan as run
     from .pretrain import compose
 
@@ -244,7 +255,7 @@ def report(
         from .ledger import read
         from .report.missing import missing as find
 
-        answer(as_json, find(tables or [], read(), console(as_json)))
+        answer(as_json, {"missing": find(tables or [], read(), console(as_json))})
         return
     if compare:
         from .ledger import read

@@ -15,13 +15,13 @@ from rich.console import Console
 from . import provenance
 from .errors import UserError
 from .paths import home
-from .train.device import bf16_is_fast
+from .train.device import bf16_is_fast, default_device
 from .transfer.run import EXTRA, require
 
 
 def doctor(console: Console) -> dict[str, Any]:
     """Print and return the findings; `advice` lists what a user could do."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device().type
     data = os.environ.get("SSLBENCH_DATA")
     facts: dict[str, Any] = {
         "python": platform.python_version(),

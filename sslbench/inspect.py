@@ -27,6 +27,7 @@ from .paths import home
 from .recipe import data_name, load_yaml, resolve
 from .report.figures import STYLE, picture
 from .report.page import CSS
+from .train.device import default_device
 from .train.loop import read_run
 from .train.meter import build
 from .train.state import newest_checkpoint, write_atomically
@@ -55,7 +56,7 @@ def inspect(run: str | None, spec: str | None, images: int, out: Path | None, co
         spec = "builtin"
         console.print(f"'{run}' does not say what data it was trained on: these are the built-in images")
     data = any_split(spec)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     similar, columns = look(subject, method, data, images, device)
     folder = out or (subject.path.parent / "inspect" if subject.path else home() / "results" / "inspect")
     png = draw(columns)

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from . import provenance
 from .bench import matmul_peak
-from .data import known_size, open_split
+from .data import open_split
 from .errors import UserError, nearest
+from .pretrain import length
 from .recipe import Batch, Recipe
-from .train.device import bf16_is_fast
+from .train.device import bf16_is_fast, default_device
 from .train.job import Job
 from .train.loop import fit, read_run
 from .train.meter import flops_per_image
@@ -57,28 +58,24 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console) -> di
     images and time and memory are scaled, which the answer says. `on`: DEVICExN, from FLOPs alone.
     """
     batch, s, m = Batch.of(recipe), recipe.science, recipe.machine
-    images = known_size(s.data.spec) or len(open_split(s.data.spec, "train"))
-    per_epoch = images // batch.total
-    if not per_epoch:
-        raise UserError(f"a batch of {batch.total} is more than the {images} images of '{s.data.spec}'")
-    steps, flops = round(per_epoch * s.epochs), flops_per_image(recipe)
+    (_, per_epoch, steps), flops = length(recipe), flops_per_image(recipe)
     answer: dict[str, Any] = {"method": recipe.method, "arch": s.arch, "epochs": s.epochs, "steps": steps,
                               "batch": str(batch), "flops": flops * steps * batch.total}  # fmt: skip
     if on:
         return _elsewhere(answer, on, console)
+    spec, there = _at_hand(s.data.spec)
     mine = batch.total // batch.world  # images a step on one device
-    few = _affordable(flops, mine, seconds)
+    few = min(_affordable(flops, seconds), there)
     whole = few >= mine
-    a = calibrate(recipe, mine if whole else few, batch.micro if whole else few, seconds)
+    a = calibrate(recipe, spec, there, mine if whole else few, batch.micro if whole else few, seconds)
     memory = a.memory_gib
     if not whole and few < batch.micro:
         half = max(2, few // 2)
-        b = calibrate(recipe, half, half, 0)
+        b = calibrate(recipe, spec, there, half, half, 0)
         memory += max(0.0, a.memory_gib - b.memory_gib) / max(1, few - half) * (batch.micro - few)
     scale = mine / a.batch
-    save_every = m.save_every or max(per_epoch, min(steps // 100, 500), 1)
-    looks, saves = math.ceil(steps / m.meters_every), math.ceil(steps / save_every)
-    wall = a.first_s * scale + a.step_s * scale * (steps - 1) + a.look_s * scale * looks + a.save_s * saves
+    looks, saves = math.ceil(steps / m.meters_every), math.ceil(steps / m.saves_every(per_epoch, steps))
+    wall = a.first_s * scale + a.step_s * scale * max(0, steps - 1) + a.look_s * scale * looks + a.save_s * saves
     answer |= {
         "hours": wall / 3600,
         "device_hours": wall / 3600 * batch.world,
@@ -86,42 +83,42 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console) -> di
         "disk_gib": round((KEEP * a.checkpoint + a.weights) / 2**30, 3),
         "images_per_s": steps * batch.total / wall if wall else None,
         "calibration": {"images_a_step": a.batch, "data": a.data, "scaled": not whole},
-        "hardware": provenance.hardware(_device().type, batch.world),
+        "hardware": provenance.hardware(default_device().type, batch.world),
     }
     _show(answer, batch, console)
     return answer
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _at_hand(spec: str) -> tuple[str, int]:
+    """What to calibrate on, and how many images it has: the built-in ones where the recipe's are not here."""
+    try:
+        return spec, len(open_split(spec, "train"))
+    except UserError:
+        return "builtin", len(open_split("builtin", "train"))
 
 
-def _affordable(flops: float, most: int, seconds: float) -> int:
+def _affordable(flops: float, seconds: float) -> int:
     """Images a step, so that STEPS of them take no more than `seconds`."""
-    device = _device()
+    device = default_device()
     dtype = torch.bfloat16 if bf16_is_fast(device.type) else torch.float32
     rate = SHARE * matmul_peak(device, dtype) / flops
-    return min(most, max(4, int(rate * seconds / STEPS) // 2 * 2))
+    return max(4, int(rate * seconds / STEPS) // 2 * 2)
 
 
-def calibrate(recipe: Recipe, batch: int, micro: int, seconds: float) -> Calibration:
-    """Train `recipe` for some steps of `batch` images on one device, through the loop, in a folder that is not kept."""
+def calibrate(recipe: Recipe, spec: str, images: int, batch: int, micro: int, seconds: float) -> Calibration:
+    """Train `recipe` for some steps of `batch` images on one device, through the loop, in a folder that is not kept.
+
+    spec: of the data to use, which has so many images.
+    """
     short = recipe.model_copy(deep=True)
     s, m = short.science, short.machine
     whole = batch == s.batch_size
     m.devices, m.nodes, m.log_every, m.meters_every, m.save_every = 1, 1, 1, 10**9, None
-    s.batch_size = batch
+    s.batch_size, s.data.spec = batch, spec
     if not whole:
         s.contrastive_batch = min(s.contrastive_batch or batch, batch)
         m.micro_batch = None if micro == batch else micro
-    try:
-        data = open_split(s.data.spec, "train")
-    except UserError:
-        s.data.spec = "builtin"
-        data = open_split("builtin", "train")
-    if len(data) < batch:
-        raise UserError(f"to calibrate, a step of {batch} images needs as many; '{s.data.spec}' has {len(data)}")
-    per_epoch = len(data) // batch
+    per_epoch = images // batch
     steps = STEPS if whole else STEPS // 2
     for _ in range(2):  # the second time for as long as was asked, if the first was quicker
         s.epochs = steps / per_epoch
@@ -129,7 +126,7 @@ def calibrate(recipe: Recipe, batch: int, micro: int, seconds: float) -> Calibra
             began = time.perf_counter()
             fit(Job(short), Path(folder), Console(quiet=True), progress=False)
             took = time.perf_counter() - began
-            found = _read(Path(folder), batch, s.data.spec)
+            found = _read(Path(folder), batch, spec)
         more = int(min(200, steps * seconds / took))
         if more < 2 * steps:
             break
@@ -155,6 +152,11 @@ def _read(folder: Path, batch: int, data: str) -> Calibration:
     )
 
 
+def device_hours(flops: float, device: str) -> float:
+    """Of one such device, at the assumed share of its peak: not measured."""
+    return flops / (PEAK_TFLOPS[device] * 1e12 * SHARE) / 3600
+
+
 def _elsewhere(answer: dict[str, Any], on: str, console: Console) -> dict[str, Any]:
     found = re.fullmatch(r"([A-Za-z0-9]+?)(?:x(\d+))?", on)
     name = next((k for k in PEAK_TFLOPS if found and k.lower() == found[1].lower()), None)
@@ -162,7 +164,7 @@ def _elsewhere(answer: dict[str, Any], on: str, console: Console) -> dict[str, A
         raise UserError(f"--on {on}: expected DEVICExN, such as A100x4{nearest(on, PEAK_TFLOPS)}; "
                         f"known: {', '.join(PEAK_TFLOPS)}")  # fmt: skip
     devices = int(found[2] or 1)
-    hours = answer["flops"] / (devices * PEAK_TFLOPS[name] * 1e12 * SHARE) / 3600
+    hours = device_hours(answer["flops"], name) / devices
     answer |= {"hours": hours, "device_hours": hours * devices, "on": f"{name}x{devices}", "assumed_share": SHARE}
     console.print(
         f"about {_time(hours)} on {devices} {name}, {hours * devices:,.1f} device hours: not measured, but "

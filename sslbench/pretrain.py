@@ -55,6 +55,17 @@ def drop_none(tree: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in out.items() if v is not None and v != {}}
 
 
+def length(recipe: Recipe) -> tuple[int, int, int]:
+    """(images, steps an epoch, steps); needs no data where the set's size is known."""
+    spec, batch = recipe.science.data.spec, recipe.science.batch_size
+    images = known_size(spec)
+    if images is None:
+        images = len(open_split(spec, "train"))
+    if images < batch:
+        raise UserError(f"a batch of {batch} is more than the {images} images of '{spec}'; use --batch-size")
+    return images, images // batch, round(images // batch * recipe.science.epochs)
+
+
 def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
     """Print what would run. Builds the model on shapes alone, and needs no data."""
     from .train.meter import build, flops_per_image
@@ -64,14 +75,7 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
         method = build(recipe)
     s = recipe.science
     batch = Batch.of(recipe)
-    images = known_size(s.data.spec)
-    if images is None:
-        images = len(open_split(s.data.spec, "train"))
-    per_epoch = images // batch.total
-    if per_epoch == 0:
-        raise UserError(
-            f"a batch of {batch.total} is more than the {images} images of '{s.data.spec}'; use --batch-size"
-        )
+    images, per_epoch, steps = length(recipe)
     flops = flops_per_image(recipe)
     lr = s.optim.lr * s.batch_size / 256
     facts: dict[str, Any] = {
@@ -82,9 +86,9 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
         "batch": batch.model_dump(),
         "images": images,
         "steps_per_epoch": per_epoch,
-        "steps": round(per_epoch * s.epochs),
+        "steps": steps,
         "flops_per_image": flops,
-        "flops": flops * round(per_epoch * s.epochs) * batch.total,
+        "flops": flops * steps * batch.total,
         "hash": recipe.hash(),
     }
     console.print(dump(recipe), markup=False, end="")

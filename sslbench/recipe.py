@@ -84,6 +84,10 @@ class Machine(Strict):
     save_every: int | None = Field(None, gt=0)  # steps between checkpoints; None: an epoch, or more where that is short
     tensorboard: bool = True
 
+    def saves_every(self, per_epoch: int, total: int) -> int:
+        """Steps between the checkpoints of a run of `total` steps."""
+        return self.save_every or max(per_epoch, min(total // 100, 500), 1)
+
 
 class Recipe(Strict):
     name: str

@@ -182,11 +182,13 @@ OVERFIT = {
 
 @pytest.mark.slow
 def test_mask_rcnn_learns_four_images(parts, invoke, tmp_path):
-    more = {"science__iterations": 200, "science__input__scale": "[1,1]", "science__width": 64, "science__rois": 64}
+    more = {"science__iterations": 200, "science__input__scale": "[1,1]", "science__width": 64, "science__rois": 64,
+            "machine__pictures": 2}  # fmt: skip
     done = invoke("transfer", "coco", SUBJECT, "--recipe", "coco_smoke", "--data", parts["coco_same"],
-                  *sets(**OVERFIT, **more))  # fmt: skip
+                  *sets(**{**OVERFIT, **more}))  # fmt: skip
     assert done.exit_code == 0, done.stderr
     found = {r["metric"]: r["value"] for r in map(json.loads, (tmp_path / "results/ledger/untrained.jsonl").open())}
+    assert len(list((tmp_path / "runs").glob("*/pictures/*.png"))) == 2  # with boxes and masks to draw
     assert found["bbox_ap50"] > 50 and found["mask_ap50"] > 40, found
 
 

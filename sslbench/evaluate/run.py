@@ -16,6 +16,7 @@ from ..ledger import Record, Scale, accuracy_stderr, append
 from ..paths import home
 from ..recipe import Machine, Strict, data_name, digest, find_recipe, merge, parse_sets, read_tree, validate
 from ..stats import mean_interval
+from ..train.device import default_device
 from ..train.loop import fit, read_run
 from ..train.state import sha256_file, write_json
 from .features import Subject, both_splits, extract, find_weights, newest_run, open_subject
@@ -107,7 +108,7 @@ def evaluate(
     began = time.perf_counter()
     subject = open_subject(run, seed or 0, image_size)
     data, train, val = _splits(subject, data)
-    device = _device()
+    device = default_device()
     pool = recipe.science.pool or subject.pool
     features = {d.split: extract(subject, d, device, recipe.machine.workers)[pool] for d in (train, val)}
     assert train.labels is not None and val.labels is not None
@@ -166,7 +167,7 @@ def _train_and_score(recipe: EvalRecipe, run: str, data: str | None, seed: int |
         console.print(f"{folder} is finished: the number below is the one it has in the ledger")
         return Record.model_validate(info["record"])
     began = time.perf_counter()
-    top1, more = job.score(folder / "weights.safetensors", val, _device())
+    top1, more = job.score(folder / "weights.safetensors", val, default_device())
     spent = {**info["cost"], "wall_s": info["cost"]["wall_s"] + time.perf_counter() - began}
     facts = {**subject.facts(), "sha256": info["weights_sha256"]}
     condition = {"pool": job.pool, **more, "eval_run": folder.name}
@@ -190,7 +191,7 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
             f"data '{data}': {len(unknown)} class(es) that the model was not trained on: {', '.join(unknown[:5])}"
         )
     at = torch.tensor([classes.index(c) for c in test.classes])
-    logits = predict(model, test, _device(), recipe.machine.workers)
+    logits = predict(model, test, default_device(), recipe.machine.workers)
     if s.restrict:
         answer = at[logits[:, at].argmax(1)]
     else:
@@ -210,10 +211,6 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
     wall = time.perf_counter() - began
     spent = {**info.get("cost", {}), "wall_s": info.get("cost", {}).get("wall_s", 0.0) + wall}
     return to_ledger(facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, spent, info)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Measured(Protocol):
@@ -245,7 +242,7 @@ def to_ledger(
     trained: run.json of the run that trained, {} where none did; its hardware is what counts. accuracy: the number is
     a share of the images, which has a binomial standard error; other numbers have none here.
     """
-    before, device = facts["cost"], _device().type
+    before, device = facts["cost"], default_device().type
     wall = spent["wall_s"]
     flops = [c for c in (before.get("flops"), spent.get("flops")) if c is not None]
     return append(

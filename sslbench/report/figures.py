@@ -130,8 +130,10 @@ def _spread(wanted: list[float], heights: list[float], low: float, high: float) 
 
 
 def _measured(table: Table, rows: list[Row]) -> list[str]:
-    """The columns that have something to draw."""
-    return [c for c in table.columns if any(c in row.cells for row in rows)]
+    """The columns to draw: those in which rows can be compared, or, where there are none, all that hold something."""
+    held = {c: sum(c in row.cells for row in rows) for c in table.columns}
+    most = min(2, max(held.values(), default=0))
+    return [c for c, n in held.items() if n and n >= most]
 
 
 def _untrained(axis: Axes, table: Table, column: str, line: Any, span: Any) -> None:

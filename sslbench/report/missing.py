@@ -10,8 +10,8 @@ from ..data import known_size
 from ..errors import UserError
 from ..ledger import Record
 from ..method import methods
-from ..plan import PEAK_TFLOPS, SHARE
-from ..pretrain import compose
+from ..plan import SHARE, device_hours
+from ..pretrain import compose, length
 from ..recipe import Recipe, digest, recipe_files
 from ..train.job import run_name
 from ..train.meter import flops_per_image
@@ -19,6 +19,7 @@ from .papers import measured_for, paper_tables, plugin_of, protocol_of, read_pap
 from .tables import newest
 
 YARDSTICK = "A100"
+_counted: dict[str, float] = {}  # FLOPs of an image, by what they depend on
 
 
 def missing(names: list[str], records: list[Record], console: Console) -> list[dict[str, Any]]:
@@ -87,26 +88,22 @@ def _entry(table: str, method: str, arch: str, data: str, epochs: str, evals: li
         return {"table": table, "pretrain": f"sslbench pretrain {method} --data {data}", "eval": [], "flops": None,
                 "device_hours": None}  # fmt: skip
     run = f"runs/{run_name(recipe)}"
-    images = known_size(data)
-    batch = recipe.science.batch_size
-    flops = _flops(recipe) * round(images // batch * recipe.science.epochs) * batch if images else None
+    known = known_size(data) is not None
+    flops = _flops(recipe) * length(recipe)[2] * recipe.science.batch_size if known else None
     return {
         "table": table,
         "pretrain": f"sslbench pretrain {method} --arch {arch} --data {data}"
         + (f" --epochs {epochs}" if epochs else ""),
         "eval": [command.replace("RUN", run) for command in evals],
         "flops": flops,
-        "device_hours": None if flops is None else flops / (PEAK_TFLOPS[YARDSTICK] * 1e12 * SHARE) / 3600,
+        "device_hours": None if flops is None else device_hours(flops, YARDSTICK),
     }
 
 
 def _flops(recipe: Recipe) -> float:
-    """flops_per_image, counted once for what differs in nothing that it depends on."""
+    """flops_per_image, counted once: many tables ask for the same."""
     s = recipe.science
     key = digest([s.method, s.arch, s.data.image_size])
     if key not in _counted:
         _counted[key] = flops_per_image(recipe)
     return _counted[key]
-
-
-_counted: dict[str, float] = {}

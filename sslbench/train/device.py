@@ -8,6 +8,11 @@ import ctypes
 import torch
 
 
+def default_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def bf16_is_fast(device: str) -> bool:
     """Whether this device multiplies bf16 matrices faster than float32 ones, by what its maker built in."""
     if device == "cuda":

@@ -23,7 +23,7 @@ from ..data.loader import MicroBatches, seed_of
 from ..errors import Interrupted, RunFailed, UserError
 from ..method import Method
 from ..recipe import Batch, Machine, Recipe, dump
-from .device import bf16_is_fast, keep_freed_memory
+from .device import bf16_is_fast, default_device, keep_freed_memory
 from .diagnose import CollapseMeters, term_gradients
 from .guard import FiniteGuard, Signals
 from .job import Job
@@ -62,7 +62,7 @@ def resolve_precision(machine: Machine, device: str) -> str:
 
 
 def make_fabric(machine: Machine) -> Fabric:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device().type
     if device == "cpu":
         keep_freed_memory()
     if device == "cuda" and machine.devices > torch.cuda.device_count():
@@ -158,7 +158,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     )
     per_epoch = loader.steps_per_epoch
     total = round(per_epoch * job.epochs)
-    save_every = machine.save_every or max(per_epoch, min(total // 100, 500), 1)
+    save_every = machine.saves_every(per_epoch, total)
 
     found = newest_checkpoint(run.checkpoints)
     first = 0

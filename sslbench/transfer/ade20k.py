@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmengine.evaluator import Evaluator
 from mmseg.datasets import ADE20KDataset
 from mmseg.evaluation import IoUMetric
 from mmseg.visualization import SegLocalVisualizer
 from PIL import Image
 
 from ..errors import UserError
-from . import backbone  # noqa: F401 - registers SslbenchViT
+from .backbone import backbone_config, pixels
 from .necks import norm_cfg
 from .protocol import Ade20k
 from .run import Split
-from .runner import make_runner
+from .runner import pictures, test
 
 SCOPE = "mmseg"
 OFFICIAL = {"train": 20_210, "val": 2_000}
@@ -102,8 +101,7 @@ def _test_pipeline(s: Ade20k) -> list[dict[str, Any]]:
 
 def model(s: Ade20k, subject: Any, machine: Any, synchronised: bool) -> dict[str, Any]:
     """mmseg's config of the segmentor."""
-    encoder, dim = subject.encoder, subject.encoder.arch.dim
-    patch = encoder.arch.patch
+    dim, patch = subject.encoder.arch.dim, subject.encoder.arch.patch
     if s.crop % (2 * patch):
         raise UserError(f"science.crop={s.crop} is not a multiple of {2 * patch}, twice the patch of {subject.arch}")
     grid, norm = (s.crop // patch, s.crop // patch), norm_cfg("SyncBN", synchronised)
@@ -117,21 +115,13 @@ def model(s: Ade20k, subject: Any, machine: Any, synchronised: bool) -> dict[str
         "type": "EncoderDecoder",
         "data_preprocessor": {
             "type": "SegDataPreProcessor",
-            "mean": [255 * m for m in subject.mean],
-            "std": [255 * d for d in subject.std],
-            "bgr_to_rgb": True,
+            **pixels(subject),
             "pad_val": 0,
             "seg_pad_val": 255,
             "size": (s.crop, s.crop),
             "test_cfg": {"size": (s.crop, s.crop)},  # at least: a window of the test is never smaller
         },
-        "backbone": {
-            "type": "SslbenchViT",
-            "encoder": encoder,
-            "config": s.encoder,
-            "grid": grid,
-            "checkpointing": machine.activation_checkpointing,
-        },
+        "backbone": backbone_config(subject, s, grid, machine),
         "neck": {"type": "SslbenchRescale", "dim": dim, "norm": norm},
         "decode_head": {
             **head,
@@ -177,35 +167,10 @@ class MeanIoU(IoUMetric):
 
 def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """({metric: percent}, condition)."""
-    loader = {
-        "batch_size": 1,
-        "num_workers": job.machine.workers,
-        "dataset": job.val.dataset,
-        "sampler": {"type": "DefaultSampler", "shuffle": False},
-    }
-    runner = make_runner(
-        folder,
-        net,
-        fabric,
-        test_dataloader=loader,
-        test_cfg={"type": "TestLoop"},
-        test_evaluator=Evaluator([MeanIoU()]),
-    )
-    found = runner.test()
+    found = test(job, net, folder, fabric, MeanIoU())
     values = {name: found[name] for name in ("miou", "aacc", "macc")}
     return values, {"iterations": job.total(job.batch_size), "classes": found["classes"]}
 
 
 def draw(job: Any, net: Any, folder: Path) -> None:
-    """`folder`/pictures: ground truth left, predictions right."""
-    import mmcv
-
-    visualizer = SegLocalVisualizer(save_dir=str(folder / "mmengine"))
-    visualizer.dataset_meta = job.val.dataset.metainfo
-    count = min(job.machine.pictures, len(job.val))
-    for index in np.linspace(0, len(job.val) - 1, count).astype(int).tolist():
-        item = job.val.dataset[index]
-        (sample,) = net.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
-        image = mmcv.imread(sample.img_path, channel_order="rgb")
-        out = folder / "pictures" / f"{Path(sample.img_path).stem}.png"
-        visualizer.add_datasample("val", image, sample.cpu(), out_file=str(out), with_labels=False)
+    pictures(job, net, folder, SegLocalVisualizer(save_dir=str(folder / "mmengine")), with_labels=False)

@@ -18,6 +18,22 @@ from .protocol import Encoder
 Grid = tuple[int, int]
 
 
+def backbone_config(subject: Any, s: Any, grid: Grid, machine: Any) -> dict[str, Any]:
+    """The backbone in mmdet's and mmseg's words."""
+    return {
+        "type": "SslbenchViT",
+        "encoder": subject.encoder,
+        "config": s.encoder,
+        "grid": grid,
+        "checkpointing": machine.activation_checkpointing,
+    }
+
+
+def pixels(subject: Any) -> dict[str, Any]:
+    """What a data preprocessor is told of the encoder's images."""
+    return {"mean": [255 * m for m in subject.mean], "std": [255 * d for d in subject.std], "bgr_to_rgb": True}
+
+
 def scaled(blocks: list[int], depth: int) -> list[int]:
     """Block indices of a ViT of 12 blocks, in one of `depth`: [2, 5, 8, 11] -> [5, 11, 17, 23] for 24."""
     return [max(0, (b + 1) * depth // 12 - 1) for b in blocks]

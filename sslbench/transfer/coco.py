@@ -11,16 +11,15 @@ import numpy as np
 from mmdet.datasets import CocoDataset
 from mmdet.evaluation import CocoMetric
 from mmdet.visualization import DetLocalVisualizer
-from mmengine.evaluator import Evaluator
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..errors import UserError
-from . import backbone  # noqa: F401 - registers SslbenchViT
+from .backbone import backbone_config, pixels
 from .necks import norm_cfg
 from .protocol import Coco, Lsj, MultiScale
 from .run import Split
-from .runner import make_runner
+from .runner import pictures, test
 
 SCOPE = "mmdet"
 OFFICIAL = {"train": 118_287, "val": 5_000}
@@ -147,8 +146,7 @@ def _test_pipeline(s: Coco) -> list[dict[str, Any]]:
 
 def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, Any]:
     """mmdet's config of the detector."""
-    encoder, dim = subject.encoder, subject.encoder.arch.dim
-    patch = encoder.arch.patch
+    dim, patch = subject.encoder.arch.dim, subject.encoder.arch.patch
     # Fixed squares are padded to their size; others to what both the patch and the smallest map divide.
     multiple = s.input.size if isinstance(s.input, Lsj) else 2 * patch
     if multiple % (2 * patch):
@@ -194,19 +192,11 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
         "type": "MaskRCNN",
         "data_preprocessor": {
             "type": "DetDataPreprocessor",
-            "mean": [255 * m for m in subject.mean],
-            "std": [255 * d for d in subject.std],
-            "bgr_to_rgb": True,
+            **pixels(subject),
             "pad_mask": True,
             "pad_size_divisor": multiple,
         },
-        "backbone": {
-            "type": "SslbenchViT",
-            "encoder": encoder,
-            "config": s.encoder,
-            "grid": grid,
-            "checkpointing": machine.activation_checkpointing,
-        },
+        "backbone": backbone_config(subject, s, grid, machine),
         "neck": neck,
         "rpn_head": {
             "type": "RPNHead",
@@ -270,16 +260,7 @@ def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, floa
     metric = CocoMetric(
         ann_file=dataset.ann_file, metric=["bbox", "segm"], format_only=True, outfile_prefix=prefix, backend_args=None
     )
-    loader = {
-        "batch_size": 1,
-        "num_workers": job.machine.workers,
-        "dataset": dataset,
-        "sampler": {"type": "DefaultSampler", "shuffle": False},
-    }
-    runner = make_runner(
-        folder, net, fabric, test_dataloader=loader, test_cfg={"type": "TestLoop"}, test_evaluator=Evaluator([metric])
-    )
-    runner.test()
+    test(job, net, folder, fabric, metric)
     truth = COCO(dataset.ann_file)
     values: dict[str, float] = {}
     for kind, name in (("bbox", "bbox"), ("segm", "mask")):
@@ -303,15 +284,4 @@ def _average_precision(truth: COCO, found: list[dict[str, Any]], kind: str) -> A
 
 
 def draw(job: Any, net: Any, folder: Path) -> None:
-    """`folder`/pictures: ground truth left, predictions right."""
-    import mmcv
-
-    visualizer = DetLocalVisualizer()
-    visualizer.dataset_meta = job.val.dataset.metainfo
-    count = min(job.machine.pictures, len(job.val))
-    for index in np.linspace(0, len(job.val) - 1, count).astype(int).tolist():
-        item = job.val.dataset[index]
-        (sample,) = net.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
-        image = mmcv.imread(sample.img_path, channel_order="rgb")
-        out = folder / "pictures" / f"{Path(sample.img_path).stem}.png"
-        visualizer.add_datasample("val", image, sample.cpu(), pred_score_thr=0.3, out_file=str(out))
+    pictures(job, net, folder, DetLocalVisualizer(), pred_score_thr=0.3)

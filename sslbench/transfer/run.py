@@ -27,6 +27,7 @@ from ..evaluate.run import to_ledger
 from ..ledger import Record, Scale
 from ..paths import home
 from ..recipe import Batch, digest
+from ..train.device import default_device
 from ..train.loop import fit, make_fabric, read_run
 from ..train.state import write_atomically, write_json
 from .protocol import TransferRecipe
@@ -79,7 +80,7 @@ class TransferJob:
     def __init__(self, recipe: TransferRecipe, subject: Subject, root: Path) -> None:
         s = recipe.science
         self.task = importlib.import_module(f".{s.protocol}", __package__)
-        if not torch.cuda.is_available():
+        if default_device().type == "cpu":
             if recipe.machine.precision == "bf16":
                 raise UserError("precision bf16: mmengine's mixed precision needs a GPU; on a CPU use 32")
             if recipe.machine.precision == "auto":

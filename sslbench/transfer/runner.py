@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mmcv
+import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
@@ -232,7 +235,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
     if precision:
         scale: Any = "dynamic" if precision == "float16" else 1.0  # bfloat16 has float32's range
         wrapper = {"type": "AmpOptimWrapper", "dtype": precision, "loss_scale": scale}
-    save_every = machine.save_every or max(per_epoch, min(total // 100, 500), 1)
+    save_every = machine.saves_every(per_epoch, total)
     with progress_bar(console, progress) as bar:
         runner = make_runner(
             run.folder,
@@ -278,3 +281,27 @@ def make_runner(folder: Path, model: nn.Module, fabric: Any, **more: Any) -> Run
         cfg={"model_wrapper_cfg": wrapper},
         **more,
     )
+
+
+def test(job: Any, net: nn.Module, folder: Path, fabric: Any, metric: Any) -> dict[str, float]:
+    """What mmengine's `metric` says of the job's validation images, in order."""
+    loader = {
+        "batch_size": 1,
+        "num_workers": job.machine.workers,
+        "dataset": job.val.dataset,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+    }
+    more = {"test_dataloader": loader, "test_cfg": {"type": "TestLoop"}, "test_evaluator": Evaluator([metric])}
+    return make_runner(folder, net, fabric, **more).test()
+
+
+def pictures(job: Any, net: Any, folder: Path, visualizer: Any, **show: Any) -> None:
+    """`folder`/pictures: of some validation images, ground truth left, predictions right."""
+    visualizer.dataset_meta = job.val.dataset.metainfo
+    count = min(job.machine.pictures, len(job.val))
+    for index in np.linspace(0, len(job.val) - 1, count).astype(int).tolist():
+        item = job.val.dataset[index]
+        (sample,) = net.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
+        image = mmcv.imread(sample.img_path, channel_order="rgb")
+        out = folder / "pictures" / f"{Path(sample.img_path).stem}.png"
+        visualizer.add_datasample("val", image, sample.cpu(), out_file=str(out), **show)

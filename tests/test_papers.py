@@ -1,0 +1,231 @@
+"""The papers' tables: every printed number once, measured beside reported, what they disagree on, what is missing."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+from test_report import ALL_TABLES, METHODS, fields, pretrain, records
+
+from sslbench.evaluate.run import eval_recipe
+from sslbench.recipe import digest
+from sslbench.report.missing import missing
+from sslbench.report.page import report
+from sslbench.report.papers import PAPERS, deviations, disagreements, read_paper, reported_beside_measured
+
+
+def protocol(recipe="linprobe_mae", pool="cls", *sets):
+    """As `sslbench eval` writes it for a ViT of 224 pixels."""
+    science = eval_recipe(recipe.split("_")[0], recipe, list(sets)).science.model_dump(mode="json")
+    return {"name": f"{recipe}_{pool}", "hash": digest({**science, "pool": pool, "image_size": [224, 224]})}
+
+
+def at_paper_scale(value, metric="linprobe_top1", epochs=1600, method="mae", **over):
+    base = {"scale": "paper", "arch": "vit_b16", "dataset": "imagenet", "metric": metric, "stderr": 0.1,
+            "protocol": protocol(),
+            "pretrain": pretrain(data="imagenet", epochs=epochs, recipe_hash=f"{method}{epochs}")}  # fmt: skip
+    return fields(value, method, **{**base, **over})
+
+
+def cell_of(name, row_words, measured):
+    """The cells of the one row that has all these words in its key columns."""
+    table = reported_beside_measured(name, measured)
+    (row,) = [row for row in table.rows if set(row_words) <= set(row[: table.keys])]
+    return row[table.keys :]
+
+
+@pytest.mark.parametrize("name", ALL_TABLES)
+def test_every_reported_number_is_shown_as_often_as_the_paper_prints_it(home, name):
+    table, frame = reported_beside_measured(name, []), read_paper(name)
+    shown = [cell for row in table.rows for cell in row[table.keys :] if cell]
+    assert sorted(re.sub(r" \[\d+\]$", "", cell).split(" ")[0] for cell in shown) == sorted(
+        (value or "-").split(" ")[0] for value in frame["value"]
+    )
+    assert all(len(row) == len(table.header) for row in table.rows)
+
+
+@pytest.mark.parametrize("name", ALL_TABLES)
+def test_notes_are_numbered_and_each_number_points_at_its_note(home, name):
+    table, frame = reported_beside_measured(name, []), read_paper(name)
+    assert [note.split("] ", 1)[1] for note in table.notes] == list(dict.fromkeys(n for n in frame["note"] if n))
+    assert [int(note[1:].split("]")[0]) for note in table.notes] == list(range(1, len(table.notes) + 1))
+    marks = [int(m) for row in table.rows for cell in row[table.keys :] for m in re.findall(r"\[(\d+)\]$", cell)]
+    wanted = [table.notes.index(f"[{i}] {n}") + 1 for n in frame["note"] if n for i in [_number(table.notes, n)]]
+    assert sorted(marks) == sorted(wanted)
+
+
+def _number(notes, text):
+    return next(i for i, note in enumerate(notes, 1) if note == f"[{i}] {text}")
+
+
+def test_what_a_paper_prints_twice_under_one_name_takes_two_lines(home, tmp_path, monkeypatch):
+    head = "paper,table,row,method,arch,pretrain_data,epochs,condition,metric,dataset,value,unit,note\n"
+    line = "x,t1,1,ocl,vit_b16,imagenet,800,,linprobe_top1,imagenet,{},%,\n"
+    (tmp_path / "x_t1.csv").write_text(head + line.format(74.2) + line.format(74.3))
+    monkeypatch.setattr("sslbench.report.papers.bundled", lambda _: tmp_path)
+    table = reported_beside_measured("x_t1", records(at_paper_scale(74, epochs=800, method="ocl")))
+    assert table.rows == [["ocl", "74.2"], ["ocl", "74.3"]]
+    assert table.common == "vit_b16, pre-trained on imagenet, 800 epochs"
+
+
+@pytest.mark.parametrize(("name", "columns"), [*((name, 80) for name in ALL_TABLES), ("ocl_t2", 60), ("ocl_t6", 200)])
+def test_a_table_in_the_terminal_keeps_its_width_and_every_word(home, name, columns):
+    out = io.StringIO()
+    report([name], None, "", Console(file=out, width=columns, soft_wrap=True))
+    text, table = out.getvalue(), reported_beside_measured(name, [])
+    assert max(map(len, text.splitlines())) <= columns and "…" not in text
+    for words in [table.header, *table.rows]:
+        assert all(word in text for cell in words for word in cell.split())
+    for note in table.notes:
+        assert " ".join(note.split()) in " ".join(text.split())
+
+
+def test_measured_stands_beside_reported_at_the_papers_scale_alone(home):
+    measured = records(at_paper_scale(67.5), at_paper_scale(60, seed=1, scale="tiny"))
+    beside = cell_of("ocl_t6", ["mae", "vit_b16"], measured)
+    assert beside == ["68.0 | 67.5 ± 0.2 (-0.5)", "83.6"]
+    assert cell_of("ocl_t6", ["mae", "vit_l16"], []) == ["76.0", "85.9"]
+
+
+def test_a_number_under_another_protocol_is_not_the_rows(home):
+    """The same recipe's name with one value changed, another recipe, and the cached probe."""
+    for other in (protocol("linprobe_mae", "cls", "science.epochs=89"), protocol("linprobe_ccmim", "mean"),
+                  {"name": "linprobe_cls", "hash": "p" * 12}):  # fmt: skip
+        measured = records(at_paper_scale(67.5, protocol=other, weights_sha256=other["hash"]))
+        assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == "68.0"
+
+
+def test_small_sets_tables_take_numbers_of_their_own_epochs_alone(home):
+    """MACRL's Table 2 has rows of 100 and of 200 epochs of probing after 2,000 of pre-training."""
+
+    def shown(epochs, probe):
+        science = eval_recipe("linprobe", "linprobe_macrl_cifar", [f"science.epochs={probe}"]).science
+        hash = digest({**science.model_dump(mode="json"), "pool": "mean_all", "image_size": [32, 32]})
+        measured = at_paper_scale(85.0, method="macrl", arch="macrl12", dataset="cifar10", scale="cifar",
+                                  protocol={"name": "linprobe_macrl_cifar_mean_all", "hash": hash},
+                                  pretrain=pretrain(data="cifar10", epochs=epochs))  # fmt: skip
+        table = reported_beside_measured("macrl_t2", records(measured))
+        return [row[1] for row in table.rows if "| 85.0" in row[2]]
+
+    assert shown(2000, 200) == ["linprobe epochs=200"] and shown(2000, 100) == ["linprobe epochs=100"]
+    assert shown(100, 200) == shown(2000, 7) == []
+
+
+def test_seeds_are_one_number_and_recipes_and_protocols_are_several(home):
+    measured = records(*(at_paper_scale(v, seed=s) for s, v in enumerate((67, 68))))
+    assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == "68.0 | 67.5 ± 6.4 (-0.5)"  # t(.975, 1) 0.5
+    mean = {"protocol": protocol(pool="mean"), "weights_sha256": "w"}
+    measured += records(at_paper_scale(66, **mean))
+    assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == (
+        f"68.0 | 67.5 ± 6.4 (-0.5, linprobe_mae_cls, {protocol()['hash'][:6]})"
+        f" | 66.0 ± 0.2 (-2.0, linprobe_mae_mean, {mean['protocol']['hash'][:6]})"
+    )
+    other = at_paper_scale(65, pretrain=pretrain(data="imagenet", epochs=1600, recipe_hash="z"))
+    assert cell_of("ocl_t6", ["mae", "vit_b16"], records(fields(), other, at_paper_scale(64)))[0] == (
+        "68.0 | 64.0 ± 0.2 (-4.0, mae160) | 65.0 ± 0.2 (-3.0, z)"
+    )
+
+
+def test_other_epochs_are_said_and_lines_that_a_record_cannot_tell_apart_stay_alone(home):
+    ocl = records(at_paper_scale(74.0, epochs=800, method="ocl"))
+    assert cell_of("ocl_t6", ["ocl", "vit_b16"], ocl)[0] == "74.2 [4] | 74.0 ± 0.2 (-0.2, 800 ep)"  # it prints 1600
+    box = {"metric": "bbox_ap", "dataset": "coco", "protocol": {"name": "coco_ocl", "hash": "d"}}
+    rows = records(*(at_paper_scale(50.0, epochs=e, weights_sha256=f"{e}", **box) for e in (400, 800)))
+    assert (
+        cell_of("ocl_t7", ["mae", "vit_b16", "400"], rows)[0] == "50.6 | 50.0 ± 0.2 (-0.6)"
+    )  # 400 and 1600 are printed
+    assert cell_of("ocl_t7", ["mae", "vit_b16", "1600"], rows)[0] == "51.6"
+    large = records(at_paper_scale(85, "finetune_top1", 800, "ocl", arch="vit_l16"))
+    kappa = reported_beside_measured("ocl_t5", large)  # five values of kappa, which a record does not know
+    assert not any("|" in cell for row in kappa.rows for cell in row)
+
+
+# ------------------------------------------------------------------- what the papers disagree on; what is missing
+
+COUNTS = {  # numbers and dashes that each table prints; two people counted, apart
+    "micl": [12, 30, 25, 16, 5, 42], "asl": [18, 15, 70, 18, 10, 16, 15], "ccmim": [80, 119, 50, 27, 16],
+    "macrl": [8, 8, 12, 12], "ocl": [12, 30, 20, 16, 5, 44, 66, 21, 16, 16, 14],
+}  # fmt: skip
+
+
+def test_every_table_of_every_paper_is_there_with_every_cell():
+    for paper, counts in COUNTS.items():
+        assert [len(read_paper(f"{paper}_t{i}")) for i in range(1, len(counts) + 1)] == counts
+        assert f"{paper}_t{len(counts) + 1}" not in ALL_TABLES and f"{paper}_text" in ALL_TABLES
+    assert len(read_paper("asl_loss")) == 4
+
+
+SHORT = {"linprobe", "finetune"}
+
+
+def gains():
+    """(claim, what its paper's tables give) of every gain over a baseline that the texts claim and the tables have."""
+    for paper in COUNTS:
+        cells = [line for name in ALL_TABLES if name.startswith(f"{paper}_t") and "text" not in name
+                 for _, line in read_paper(name).iterrows()]  # fmt: skip
+        for _, claim in read_paper(f"{paper}_text").iterrows():
+            over = dict(part.split("=") for part in claim["condition"].split(";") if "=" in part)
+            if not claim["metric"].endswith("_gain") or "over" not in over or "+" in claim["dataset"]:
+                continue
+
+            def find(claim=claim, cells=cells, **wanted):
+                what = claim["metric"].removesuffix("_gain")
+                wanted |= {"dataset": claim["dataset"], "metric": f"{what}_top1" if what in SHORT else what}
+                return {float(x["value"]) for x in cells if x["value"] and all(x[k] == v for k, v in wanted.items())}
+
+            base = {"arch": claim["arch"], "method": claim["method"]}
+            if over["over"].startswith("vit_"):
+                given, baseline = find(**base), find(**{**base, "arch": over["over"]})
+            elif "divide" in over:
+                condition = {**base, "epochs": claim["epochs"]}
+                given = find(**condition, condition=f"divide={over['divide']}")
+                baseline = find(**condition, condition=f"divide={over['over']}")
+            else:
+                given = find(**base, **({"epochs": claim["epochs"]} if claim["epochs"] else {}))
+                epochs = {"epochs": over["over_epochs"]} if "over_epochs" in over else {}
+                baseline = find(arch=claim["arch"], method=over["over"], **epochs)
+            yield claim, {round(a - b, 1) for a in given for b in baseline}
+
+
+def test_gains_claimed_in_the_texts_follow_from_the_tables_but_for_those_known():
+    found = list(gains())
+    assert len(found) > 25 and all(given for _, given in found), [dict(c) for c, g in found if not g]
+    wrong = {(c["paper"], c["row"], c["metric"], c["value"]) for c, given in found if float(c["value"]) not in given}
+    assert wrong == {
+        ("ccmim", "4.2", "linprobe_gain", "2.1"),
+        ("ccmim", "4.2", "bbox_ap_gain", "2.5"),
+        ("ccmim", "4.2", "miou_gain", "1.7"),
+        ("ccmim", "4.3", "linprobe_gain", "4.3"),
+        ("micl", "4.1", "linprobe_gain", "4"),  # "nearly 4 %": 3.7
+        ("ocl", "3.1", "linprobe_gain", "4"),
+    }
+    listed = {(d.table, d.printed.split(" ")[0]) for d in disagreements()}
+    assert {(f"{paper}_text", value) for paper, _, _, value in wrong} <= listed
+
+
+def test_what_agrees_is_no_disagreement_and_each_names_its_place():
+    found = disagreements()
+    assert len(found) > 60 and not any("agree" in d.against for d in found)
+    assert {d.table.partition("_")[0] for d in found} == {*PAPERS}
+    hours = next(d for d in found if d.table == "ocl_t3" and "133 hours" in d.against)
+    assert (hours.where, hours.printed) == ("ocl, vit_l16: pretrain hours", "533 h")
+
+
+def test_deviations_are_those_of_the_presets():
+    ocl = next(d for d in deviations() if d.method == "ocl")
+    assert ocl.presets == ["paper", "official"] and ["tau", "learnable", "fixed"] in ocl.settings
+    assert {d.method for d in deviations()} >= {*METHODS}
+
+
+def test_missing_lists_what_to_run_and_shrinks_with_what_was_run(home):
+    console = Console(file=io.StringIO())
+    (mae,) = [x for x in missing(["ocl_t6"], [], console) if "pretrain mae --arch vit_b16" in x["pretrain"]]
+    assert mae["pretrain"] == "sslbench pretrain mae --arch vit_b16 --data imagenet --epochs 1600"
+    probe, tune = mae["eval"]
+    assert re.fullmatch(
+        r"sslbench eval linprobe runs/mae_vit_b16_imagenet_\w{8} --recipe linprobe_mae --data imagenet", probe
+    )
+    assert 200 < mae["device_hours"] < 400
+    left = missing(["ocl_t6"], records(at_paper_scale(67.5)), console)
+    assert next(x for x in left if "mae --arch vit_b16" in x["pretrain"])["eval"] == [tune]
+    assert missing(["ocl_t5"], [], console)[0]["pretrain"] == "sslbench ablate ocl_t5 --scale paper"
