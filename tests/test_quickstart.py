@@ -13,7 +13,7 @@ from sslbench.train.loop import pretrain
 
 
 def test_quickstart_measures_every_method_beside_the_untrained_vit(run_sslbench, tmp_path):
-    done = run_sslbench("quickstart", "--minutes", "0.5", "--json", home=tmp_path)
+    done = run_sslbench("quickstart", "--minutes", "0.2", "--json", home=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     page = (tmp_path / answer["report"]).read_text()
@@ -28,11 +28,11 @@ def test_quickstart_measures_every_method_beside_the_untrained_vit(run_sslbench,
 
 @pytest.mark.slow
 def test_ocl_gains_four_points_of_knn_over_the_untrained_vit(home):
-    """Mean of 2 seeds, at the settings of quickstart, for the 12 epochs of its recipe."""
+    """Mean of 2 seeds, at the settings of quickstart, for 8 of its recipe's 12 epochs."""
     quiet = Console(quiet=True)
     gains = []
     for seed in range(2):
-        recipe = compose("ocl", science={"data": {"spec": "builtin", "image_size": SIZE}, "seed": seed})
+        recipe = compose("ocl", science={"data": {"spec": "builtin", "image_size": SIZE}, "epochs": 8, "seed": seed})
         pretrain(recipe, home / f"s{seed}", quiet, progress=False)
         trained, untrained = (
             evaluate(eval_recipe("knn"), run, "builtin", seed)[0].value
