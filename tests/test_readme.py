@@ -40,7 +40,7 @@ QUICKER = {
 }
 
 
-def test_every_command_of_the_readme_runs_in_order(run_sslbench, tmp_path):
+def test_every_command_of_the_readme_runs_in_order(invoke, tmp_path):
     assert len(COMMANDS) > 8
     coco = ROOT.parent / "shared" / "data"  # of developers; without it the command says that DIR is no folder
     lacking = [["pretrain", "ocl", "--arch", "vit_l16"]]  # no ImageNet here
@@ -50,9 +50,9 @@ def test_every_command_of_the_readme_runs_in_order(run_sslbench, tmp_path):
     else:
         lacking.append(["transfer", "coco", "--data", "DIR"])
     for command in COMMANDS:
-        done = run_sslbench(*command[1:], *QUICKER.get(tuple(command), []), home=tmp_path)
+        done = invoke(*command[1:], *QUICKER.get(tuple(command), []))
         expected = 2 if command[1:] in lacking else 0
-        assert done.returncode == expected, (command, done.stderr)
+        assert done.exit_code == expected, (command, done.stderr)
 
 
 def test_the_two_set_up_commands_are_those_that_ci_runs():
