@@ -27,7 +27,17 @@ from pydantic import Field
 from torch import Tensor
 
 from sslbench.decoder import Decoder
-from sslbench.losses import cosine_matrix, cross_entropy_to, float32, gather, normalise_patches, patch_mse
+from sslbench.draws import rand
+from sslbench.losses import (
+    cosine_matrix,
+    cross_entropy_to,
+    float32,
+    gather,
+    info_nce,
+    normalise_patches,
+    over_rows,
+    patch_mse,
+)
 from sslbench.masking import blockwise_order, n_kept, random_order
 from sslbench.method import Method, MethodConfig
 from sslbench.pictures import Canvas
@@ -62,6 +72,7 @@ class CCMIM(Method):
         "official": {"contrast": "official", "contrast_weight": 0.1, "decoder_depth": 8},
     }
     couples_batch = True
+    compared = ("v", "m")
     pool = "mean"  # section 4.1
 
     def __init__(self, config: CCMIMConfig, encoder: VisionTransformer, augment: Augment) -> None:
@@ -89,7 +100,7 @@ class CCMIM(Method):
         views = {"images": one_view(images, self.encoder.image[0], self.augment, generator)}
         b, n, divide = len(images), self.encoder.n_patches, self.config.divide
         if divide == "importance_sampling":
-            views["noise"] = torch.rand(b, n, generator=generator, device=generator.device).to(images.device)
+            views["noise"] = rand((b, n), generator).to(images.device)
         elif divide == "random":
             views["order"] = random_order(b, n, generator).to(images.device)
         elif divide == "blockwise":
@@ -116,32 +127,43 @@ class CCMIM(Method):
             return (scores - (-(u.clamp_min(1e-20).log())).clamp_min(1e-20).log()).argsort(1)
         return (scores - u).argsort(1)
 
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Prediction and target of the masked patches (B, N - K, P); h_v and h_m, both parts' CLS in contrast space."""
+    def embed(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Prediction and target of the masked patches (B, N - K, P), and both parts' CLS (B, D), v and m."""
         order, images = self.divide(views), views["images"]
         tokens = self.encoder(images, order[:, : self.n_kept])
-        outputs = {"prediction": self.decoder(tokens, order)}
-        outputs["target"] = take(patchify(images, self.encoder.arch.patch), order[:, self.n_kept :])
+        embedded = {"prediction": self.decoder(tokens, order)}
+        embedded["target"] = take(patchify(images, self.encoder.arch.patch), order[:, self.n_kept :])
         if self.config.contrast != "none":
-            outputs["h_v"] = self.projector(tokens[:, 0])
+            embedded["v"] = tokens[:, 0]
             with torch.no_grad():
-                masked = self.encoder.encode(self.encoder.tokens(images, order[:, self.n_kept :]), cls_only=True)
-                outputs["h_m"] = self.projector(masked[:, 0])
-        if self.config.contrast == "align":
+                masked = self.encoder.tokens(images, order[:, self.n_kept :])
+                embedded["m"] = self.encoder.encode(masked, cls_only=True)[:, 0]
+        return embedded
+
+    def compare(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """h_v and h_m, both parts' CLS in contrast space (B, C), the latter without gradient; p_v, h_v predicted."""
+        outputs = {k: x for k, x in embedded.items() if k not in self.compared}
+        if "v" in embedded:
+            outputs["h_v"] = self.projector(embedded["v"])
+            with torch.no_grad():
+                outputs["h_m"] = self.projector(embedded["m"])
+        if "v" in embedded and self.config.contrast == "align":
             outputs["p_v"] = self.predictor(outputs["h_v"])
         return outputs
 
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """L_recons + lambda x contrast (Eq. 10)."""
-        c, target = self.config, outputs["target"]
-        recon = patch_mse(outputs["prediction"], normalise_patches(target) if c.norm_pix_loss else target)
-        if c.contrast == "none":
-            return {"loss": recon, "recon": recon}
-        if c.contrast == "align":
-            contrast = align(outputs["h_m"], outputs["p_v"])
-        else:
-            contrast = nce(outputs["h_v"], outputs["h_m"], c.tau, c.contrast == "nce", c.gather_negatives)
-        return {"loss": recon + c.contrast_weight * contrast, "recon": recon, c.contrast: contrast}
+        """L_recons + lambda x contrast (Eq. 10), of these the terms whose outputs are given."""
+        c, terms, total = self.config, {}, 0.0
+        if "prediction" in outputs:
+            target = normalise_patches(outputs["target"]) if c.norm_pix_loss else outputs["target"]
+            total = terms["recon"] = patch_mse(outputs["prediction"], target)
+        if "h_v" in outputs:
+            if c.contrast == "align":
+                terms["align"] = align(outputs["h_m"], outputs["p_v"])
+            else:
+                terms[c.contrast] = nce(outputs["h_v"], outputs["h_m"], c.tau, c.contrast == "nce", c.gather_negatives)
+            total = total + c.contrast_weight * terms[c.contrast]
+        return {"loss": total, **terms}
 
     def tokens_per_image(self) -> int:
         n, contrast = self.encoder.n_patches, self.config.contrast != "none"
@@ -166,15 +188,19 @@ def nce(h_v: Tensor, h_m: Tensor, tau: float, eq7: bool, gathering: bool) -> Ten
 
     Not eq7, the code's: anchor h_v_i, positive h_m_i, negatives h_m_j, times 2 tau.
     """
+    keys, first = gather(h_v if eq7 else h_m) if gathering else (h_v if eq7 else h_m, 0)
     if not eq7:
-        keys, first = gather(h_m) if gathering else (h_m, 0)
-        return 2 * tau * cross_entropy_to(cosine_matrix(h_v, keys) / tau, first)
-    keys, first = gather(h_v) if gathering else (h_v, 0)
-    across, within = cosine_matrix(h_m, keys) / tau, cosine_matrix(h_v, keys) / tau
-    own = torch.arange(len(h_v), device=h_v.device)
-    itself = torch.zeros_like(within, dtype=torch.bool)
-    itself[own, own + first] = True
-    return cross_entropy_to(torch.cat([across, within.masked_fill(itself, -torch.inf)], dim=1), first)
+        return 2 * tau * info_nce(h_v, keys, tau, first)
+
+    def loss(both: Tensor, i: int) -> Tensor:
+        masked, visible = both.unbind(1)
+        across, within = cosine_matrix(masked, keys) / tau, cosine_matrix(visible, keys) / tau
+        own = torch.arange(len(both), device=both.device)
+        itself = torch.zeros_like(within, dtype=torch.bool)
+        itself[own, own + i] = True
+        return cross_entropy_to(torch.cat([across, within.masked_fill(itself, -torch.inf)], dim=1), i)
+
+    return over_rows(loss, torch.stack([h_m, h_v], 1), 2 * len(keys), first)
 
 
 @float32

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sslbench.losses import cosine_matrix, cross_entropy_to, gather
+from sslbench.losses import gather, info_nce
 from sslbench.method import Method, MethodConfig
 from sslbench.pictures import Canvas
 from sslbench.recipe import Augment
@@ -37,6 +37,7 @@ class MoCoV3(Method):
     Config = MoCoV3Config
     crops = 2
     couples_batch = True
+    compared = ("x1", "x2", "y1", "y2")
     pool = "cls"
 
     def __init__(self, config: MoCoV3Config, encoder: VisionTransformer, augment: Augment) -> None:
@@ -53,15 +54,17 @@ class MoCoV3(Method):
         x1, x2 = two_views(images, self.encoder.image[0], self.augment, self.config.views, generator)
         return {"x1": x1, "x2": x2}
 
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+    def embed(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of view i, CLS (B, D) of the encoder, x, and without gradient of its momentum copy, y."""
+        embedded = {f"x{i}": self._cls(self.encoder, views[f"x{i}"]) for i in (1, 2)}
+        with torch.no_grad():
+            return embedded | {f"y{i}": self._cls(self.momentum_encoder, views[f"x{i}"]) for i in (1, 2)}
+
+    def compare(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
         """q1, q2 and, without gradient, k1, k2: (B, 256) each, not yet normalised."""
-        outputs = {}
-        for i in (1, 2):
-            x = views[f"x{i}"]
-            outputs[f"q{i}"] = self.predictor(self.projector(self._cls(self.encoder, x)))
-            with torch.no_grad():
-                outputs[f"k{i}"] = self.momentum_projector(self._cls(self.momentum_encoder, x))
-        return outputs
+        outputs = {f"q{i}": self.predictor(self.projector(embedded[f"x{i}"])) for i in (1, 2)}
+        with torch.no_grad():
+            return outputs | {f"k{i}": self.momentum_projector(embedded[f"y{i}"]) for i in (1, 2)}
 
     def _cls(self, encoder: VisionTransformer, images: Tensor) -> Tensor:
         return encoder.encode(encoder.tokens(images), cls_only=True)[:, 0]
@@ -72,7 +75,7 @@ class MoCoV3(Method):
 
     def _contrast(self, q: Tensor, k: Tensor) -> Tensor:
         keys, first = gather(k) if self.config.gather_negatives else (k, 0)
-        return 2 * self.config.tau * cross_entropy_to(cosine_matrix(q, keys) / self.config.tau, first)
+        return 2 * self.config.tau * info_nce(q, keys, self.config.tau, first)
 
     def after_step(self, progress: float) -> None:
         m = cosine_momentum(self.config.momentum, progress)

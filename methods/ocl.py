@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslbench.losses import cosine_matrix, cross_entropy_to, float32, gather, tsp
+from sslbench.losses import cosine_matrix, cross_entropy_to, float32, gather, over_rows, tsp
 from sslbench.masking import random_split, split_kept
 from sslbench.method import Method, MethodConfig
 from sslbench.pictures import Canvas
@@ -53,6 +53,7 @@ class OCL(Method):
         "official": {"kappa_form": "divide", "tau": "fixed", "freeze_patch_embed": False},
     }
     couples_batch = True
+    compared = ("features",)
     pool = "cls"
 
     def __init__(self, config: OCLConfig, encoder: VisionTransformer, augment: Augment) -> None:
@@ -77,25 +78,33 @@ class OCL(Method):
         keep = random_split(len(images), self.encoder.n_patches, self.config.mask_ratio, generator)
         return {"images": x, "keep": keep.to(images.device)}
 
-    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+    def embed(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Row 2i and 2i + 1 of the encoder's batch are the two groups of image i; its CLS rows are the features."""
         tokens = self.encoder.tokens(views["images"], views["keep"])
-        features = self.encoder.encode(tokens, cls_only=True)[:, 0].unflatten(0, (-1, 2))
-        return {"m": self.head(features[:, 0]), "n": self.head(features[:, 1])}
+        return {"features": self.encoder.encode(tokens, cls_only=True)[:, 0].unflatten(0, (-1, 2))}
+
+    def compare(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """m and n, (B, D) each: the two groups' features, after the head if there is one."""
+        m, n = embedded["features"].unbind(1)
+        return {"m": self.head(m), "n": self.head(n)}
 
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The symmetric cross-entropy of Algorithm 1 over scaled T-SP similarities."""
         m, n = outputs["m"], outputs["n"]
-        scale, gathering = self.scale(), self.config.gather_negatives
-        (all_m, first), (all_n, _) = (gather(x) if gathering else (x, 0) for x in (m, n))
-        s_mn = self.similarity(m, all_n) * scale
-        s_nm = self.similarity(n, all_m) * scale if gathering else s_mn.T
-        if self.config.denominator == "eq3":
-            s_mm, s_nn = self.similarity(m, all_m) * scale, self.similarity(n, all_n) * scale
-            nce = (without_positive(s_mn, s_mm, first) + without_positive(s_nm, s_nn, first)) / 2
-        else:
-            nce = (cross_entropy_to(s_mn, first) + cross_entropy_to(s_nm, first)) / 2
-        return {"loss": nce, "nce": nce, "scale": torch.as_tensor(scale, device=nce.device).detach()}
+        (all_m, first), (all_n, _) = (gather(x) if self.config.gather_negatives else (x, 0) for x in (m, n))
+        nce = (self._contrast(m, all_n, all_m, first) + self._contrast(n, all_m, all_n, first)) / 2
+        return {"loss": nce, "nce": nce, "scale": torch.as_tensor(self.scale(), device=nce.device).detach()}
+
+    def _contrast(self, anchors: Tensor, others: Tensor, own: Tensor, first: int) -> Tensor:
+        """One direction: anchors (B, D) among the other group's features (C, D); own: those of the anchors' group."""
+
+        def loss(part: Tensor, i: int) -> Tensor:
+            across = self.similarity(part, others) * self.scale()
+            if self.config.denominator == "eq3":
+                return without_positive(across, self.similarity(part, own) * self.scale(), i)
+            return cross_entropy_to(across, i)
+
+        return over_rows(loss, anchors, len(others), first)
 
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
         return tsp(cosine_matrix(a, b), self.config.kappa, self.config.kappa_form)

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+TILE = 2**25  # logits that a loss over pairs of images holds at once: 128 MiB in float32
 
 
 def float32(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +75,27 @@ def cross_entropy_to(logits: Tensor, offset: int = 0) -> Tensor:
     """Cross-entropy of (B, C) logits whose row i has its positive in column offset + i."""
     target = torch.arange(offset, offset + logits.shape[0], device=logits.device)
     return F.cross_entropy(logits, target)
+
+
+def over_rows(loss: Callable[[Tensor, int], Tensor], anchors: Tensor, columns: int, first: int = 0) -> Tensor:
+    """`loss(anchors, first)`, a mean over anchors (B, D) with logits (B, columns), in memory for TILE logits.
+
+    Of a larger loss, tiles of anchors are computed one after the other, and again in the backward pass: O(B D) memory.
+    loss: of some anchors and the column that the first of them has its positive in.
+    """
+    rows = max(1, TILE // columns)
+    if len(anchors) <= rows:
+        return loss(anchors, first)
+    total = anchors.new_zeros((), dtype=torch.float32)
+    for i, part in zip(range(0, len(anchors), rows), anchors.split(rows), strict=True):
+        total = total + len(part) * checkpoint(loss, part, first + i, use_reentrant=False, preserve_rng_state=False)
+    return total / len(anchors)
+
+
+@float32
+def info_nce(a: Tensor, b: Tensor, tau: float, first: int = 0) -> Tensor:
+    """InfoNCE of anchors (B, D) among keys (C, D): row i of a has its positive in row first + i of b."""
+    return over_rows(lambda part, i: cross_entropy_to(cosine_matrix(part, b) / tau, i), a, len(b), first)
 
 
 @float32

@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from .draws import rand
+
 
 def random_order(batch: int, n: int, generator: torch.Generator) -> Tensor:
     """(batch, n): a uniformly random permutation of the patches of each image, as MAE draws it (argsort of U(0, 1))."""
-    return torch.rand(batch, n, generator=generator, device=generator.device).argsort(dim=1)
+    return rand((batch, n), generator).argsort(dim=1)
 
 
 def n_kept(n: int, mask_ratio: float) -> int:
@@ -48,7 +50,7 @@ def blockwise_order(
     y, x = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)[None]
     first = torch.full((batch, n), torch.inf, device=device)  # the number of the block that covers a patch first
     tries = max(4 * math.ceil(n / smallest), 16)
-    draw = torch.rand(4, batch, tries, generator=generator, device=device)
+    draw = rand((4, batch, tries), generator, 1)
     area = smallest + draw[0] * (n_masked - smallest)
     ratio = torch.exp(math.log(0.3) * (1 - 2 * draw[1]))
     height = (area * ratio).sqrt().round().clamp(1, rows)
@@ -59,5 +61,5 @@ def blockwise_order(
         inside = ((y >= a) & (y < a + h) & (x >= b) & (x < b + w)).flatten(1)
         first = torch.where(inside & first.isinf(), float(t), first)
     # Early blocks are masked first; a random rank within a block, and among what no block covers, settles the rest.
-    rank = first.clamp(max=tries) + torch.rand(batch, n, generator=generator, device=device)
+    rank = first.clamp(max=tries) + rand((batch, n), generator)
     return rank.argsort(dim=1, descending=True)

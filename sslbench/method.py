@@ -28,6 +28,7 @@ class Method(nn.Module):
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
     crops: ClassVar[int] = 1  # random crops of an image that build_views takes
     couples_batch: ClassVar[bool] = False  # True: the loss compares images of a batch, so its size is science
+    compared: ClassVar[tuple[str, ...]] = ()  # entries of `embed` that `compare` reads; () where forward is one piece
     pool: ClassVar[str] = "cls"  # the feature that evaluations read unless told: cls, mean or mean_all
 
     def __init__(self, config: Any, encoder: VisionTransformer, augment: Augment) -> None:
@@ -35,8 +36,28 @@ class Method(nn.Module):
         self.config, self.encoder, self.augment = config, encoder, augment
 
     def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """uint8 images (B, 3, H, W) on the device -> what forward takes. Draws from `generator` only."""
+        """uint8 images (B, 3, H, W) on the device -> what forward takes. Draws from `generator` only.
+
+        By `draws.rand`, what is drawn does not depend on how a batch is divided over devices and passes.
+        """
         raise NotImplementedError
+
+    def embed(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The part of `forward` that sees each image alone, (B, ...) each: what a gradient cache does in small passes.
+
+        A method whose loss compares images may leave `forward` alone and write `embed` and `compare` in its place, and
+        say in `compared` which entries the batch is needed for: features, not images. Its `loss` then takes a part of
+        the outputs, too, and gives the terms that come from it.
+        """
+        raise NotImplementedError
+
+    def compare(self, embedded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rest of `forward`: what sees the batch, such as BatchNorm. Entries not in `compared` go through."""
+        return embedded
+
+    def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Views -> features, predictions: what `loss` takes."""
+        return self.compare(self.embed(views))
 
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """{"loss": the total, ...}, float32 scalars. The others that need grad are its terms, whose pull is logged."""

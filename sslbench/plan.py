@@ -67,12 +67,16 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console) -> di
     mine = batch.total // batch.world  # images a step on one device
     few = min(_affordable(flops, seconds), there)
     whole = few >= mine
-    a = calibrate(recipe, spec, there, mine if whole else few, batch.micro if whole else few, seconds)
+    passes = min(batch.passes, 2)  # a gradient cache embeds twice, in however many passes
+    micro = batch.micro if whole else min(few, batch.micro, there // passes)
+    half = max(2, micro // 2)
+    scaled = not whole and micro < batch.micro
+    # The smaller first: what a process has once held it may keep.
+    b = calibrate(recipe, spec, there, half * passes, half, 0) if scaled else None
+    a = calibrate(recipe, spec, there, mine if whole else micro * passes, micro, seconds)
     memory = a.memory_gib
-    if not whole and few < batch.micro:
-        half = max(2, few // 2)
-        b = calibrate(recipe, spec, there, half, half, 0)
-        memory += max(0.0, a.memory_gib - b.memory_gib) / max(1, few - half) * (batch.micro - few)
+    if b:
+        memory += max(0.0, a.memory_gib - b.memory_gib) / max(1, micro - half) * (batch.micro - micro)
     scale = mine / a.batch
     looks, saves = math.ceil(steps / m.meters_every), math.ceil(steps / m.saves_every(per_epoch, steps))
     wall = a.first_s * scale + a.step_s * scale * max(0, steps - 1) + a.look_s * scale * looks + a.save_s * saves

@@ -76,7 +76,8 @@ class Machine(Strict):
     devices: int = Field(1, gt=0)
     nodes: int = Field(1, gt=0)
     precision: Precision = "auto"  # auto: bf16 where the device computes it faster, else 32
-    micro_batch: int | None = Field(None, gt=0)  # images a forward pass; None: as many as the batch allows
+    # Images a forward pass; None: as many as the batch allows. Fewer than a loss compares: see train/cache.py.
+    micro_batch: int | None = Field(None, gt=0)
     workers: int = Field(4, ge=0)  # that decode images; data sets that live in memory need none
     compile: bool = False
     log_every: int = Field(20, gt=0)  # steps; only these wait for the device, and those of meters_every
@@ -131,15 +132,17 @@ def data_name(spec: str) -> str:
 
 
 class Batch(BaseModel):
-    """global batch = micro-batch x devices x accumulation, exactly."""
+    """global batch = micro-batch x passes x devices x accumulation, exactly."""
 
     total: int
-    micro: int
+    micro: int  # images a forward pass
     world: int
     accumulation: int
+    passes: int = 1  # micro-batches that one loss compares on a device, by gradient caching
 
     def __str__(self) -> str:
-        return f"{self.total} = {self.micro} per device x {self.world} device(s) x {self.accumulation} accumulation"
+        each = "per device" if self.passes == 1 else f"per pass x {self.passes} cached passes"
+        return f"{self.total} = {self.micro} {each} x {self.world} device(s) x {self.accumulation} accumulation"
 
     @classmethod
     def of(cls, recipe: Recipe) -> Batch:
@@ -150,18 +153,27 @@ class Batch(BaseModel):
         couples = get_method(recipe.method).compares_batch(s.method)
         gathers = couples and s.method.get("gather_negatives", False)
         compared = s.contrastive_batch or s.batch_size
-        micro = m.micro_batch or s.batch_size // world
-        if couples:
-            micro = compared // world if gathers else compared
-            if m.micro_batch not in (None, micro):
-                raise UserError(
-                    f"machine.micro_batch={m.micro_batch}: {recipe.method} compares the images of a batch, and the "
-                    f"recipe says {compared} of them; a smaller pass would be another loss. Leave micro_batch out, or "
-                    f"set science.contrastive_batch={m.micro_batch} (a different number)"
-                )
-        return cls._exact(
-            s.batch_size, micro, world, compared, "science.contrastive_batch" if couples else "machine.micro_batch"
-        )
+        if not couples:
+            return cls._exact(
+                s.batch_size, m.micro_batch or s.batch_size // world, world, compared, "machine.micro_batch"
+            )
+        group = compared // world if gathers else compared  # images of a device that one loss compares
+        batch = cls._exact(s.batch_size, group, world, compared, "science.contrastive_batch")
+        if m.micro_batch in (None, group):
+            return batch
+        if not get_method(recipe.method).compared:
+            raise UserError(
+                f"machine.micro_batch={m.micro_batch}: {recipe.method} compares the images of a batch, and the recipe "
+                f"says {compared} of them; it has no `embed` and `compare` for a gradient cache, and a smaller pass "
+                f"would be another loss. Leave micro_batch out, or set science.contrastive_batch={m.micro_batch} (a "
+                f"different number)"
+            )
+        if m.micro_batch > group or group % m.micro_batch:
+            raise UserError(
+                f"machine.micro_batch={m.micro_batch} does not divide {group}, the images of one device that "
+                f"{recipe.method} compares; set it to a divisor of that"
+            )
+        return batch.model_copy(update={"micro": m.micro_batch, "passes": group // m.micro_batch})
 
     @classmethod
     def divide(cls, total: int, machine: Machine) -> Batch:

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from .draws import rand
 from .recipe import Augment, Strict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -28,8 +29,7 @@ def crop_boxes(
     central crop within the aspect range.
     """
     h, w = size
-    device = generator.device
-    draw = torch.rand(4, batch, 10, generator=generator, device=device)
+    draw = rand((4, batch, 10), generator, 1)
     area = h * w * (scale[0] + draw[0] * (scale[1] - scale[0]))
     log_ratio = math.log(3 / 4) + draw[1] * (math.log(4 / 3) - math.log(3 / 4))
     widths, heights = (area * log_ratio.exp()).sqrt().round(), (area / log_ratio.exp()).sqrt().round()
@@ -105,7 +105,7 @@ def random_resized_crop(
     workers have already made, where the images are too large or too varied to travel whole: `view` picks one.
     """
     batch = len(images)
-    mirrored = torch.rand(batch, generator=generator, device=generator.device) < 0.5 if flip else None
+    mirrored = rand((batch,), generator) < 0.5 if flip else None
     if images.ndim == 5:
         crops = images[:, view].float()
         if mirrored is not None:
@@ -202,8 +202,7 @@ def distort(x: Tensor, law: TwoViews, view: int, generator: torch.Generator) -> 
     """All but the crop of a view, on (B, 3, H, W) in 0..255. Each image draws for itself."""
 
     def uniform(*shape: int) -> Tensor:
-        draw = torch.rand(len(x), *shape, generator=generator, device=generator.device)
-        return draw.to(x.device)
+        return rand((len(x), *shape), generator).to(x.device)
 
     def where(p: float, changed: Tensor) -> Tensor:
         return torch.where((uniform() < p)[:, None, None, None], changed, x)

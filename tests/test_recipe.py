@@ -75,14 +75,19 @@ def test_the_batch_equation_divides_or_refuses():
     assert batch("mae", "machine.micro_batch=32", "machine.devices=2").accumulation == 4
     gathered = batch("ocl", "machine.devices=2", "science.method.gather_negatives=true")
     assert (gathered.micro, gathered.accumulation) == (128, 1)
+    cached = batch("ocl", "machine.micro_batch=32", "science.contrastive_batch=64")
+    assert (cached.micro, cached.passes, cached.accumulation) == (32, 2, 4)
+    assert str(cached) == "256 = 32 per pass x 2 cached passes x 1 device(s) x 4 accumulation"
     for bad in (
         ["machine.devices=3"],
         ["science.contrastive_batch=100"],
         ["machine.devices=2"],
-        ["machine.micro_batch=64"],
+        ["machine.micro_batch=48"],
     ):
         with pytest.raises(UserError):
             batch("ocl", *bad)
+    with pytest.raises(UserError, match="no `embed` and `compare`"):
+        batch("macrl", "science.method.memory_bank=false", "machine.micro_batch=8")
     with pytest.raises(UserError, match="does not divide"):
         batch("mae", "machine.micro_batch=100")
 

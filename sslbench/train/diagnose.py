@@ -28,7 +28,7 @@ def term_gradients(losses: dict[str, Tensor], encoder: VisionTransformer, fabric
     The terms are the entries of `losses` but "loss" that need grad; without any, "loss" is the only one. One backward
     pass a term over the graph of this step, which stays: {"grad_norm_recon": ..., "grad_norm_nce": ...,
     "grad_cos_recon_nce": ...}. Cosine 1: they agree; below 0: they fight. Averaged over devices before norms are taken;
-    of the first micro-batch of a step.
+    of the first micro-batch of a step. Not under a gradient cache, whose graphs are of parts of a loss.
     """
     terms = {k: v for k, v in losses.items() if k != "loss" and v.requires_grad} or {"loss": losses["loss"]}
     scaler: Any = getattr(fabric.strategy.precision, "scaler", None)

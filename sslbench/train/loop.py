@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from .. import provenance
 from ..data.loader import MicroBatches, seed_of
+from ..draws import Draws
 from ..errors import Interrupted, RunFailed, UserError
 from ..method import Method
 from ..recipe import Batch, Machine, Recipe, dump
+from .cache import average_gradients, cached_backward
 from .device import bf16_is_fast, default_device, keep_freed_memory
 from .diagnose import CollapseMeters, term_gradients
 from .guard import FiniteGuard, Signals
@@ -119,7 +121,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
         raise
     except torch.OutOfMemoryError as e:
         run.write("failed", error=str(e))
-        hint = "set machine.micro_batch lower" if not run.couples else "use more memory or a smaller contrastive_batch"
+        hint = "set machine.micro_batch lower (what a loss compares stays the recipe's)"
         raise RunFailed(f"out of device memory at a micro-batch of {batch.micro} images; {hint}") from e
     except Exception as e:
         run.write("failed", error=f"{type(e).__name__}: {e}")
@@ -136,15 +138,17 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     torch.manual_seed(seed_of("weights", job.seed))
     step_module = TrainStep(job.build())
     method = step_module.method
-    run.couples = method.compares_batch(method.config.model_dump() if method.config else {})
     if machine.compile:
-        method.compile()
+        if batch.passes == 1:
+            method.compile()
+        else:
+            method.embed = torch.compile(method.embed)  # type: ignore[method-assign]
         torch._functorch.config.donated_buffer = False  # terms' gradients go through the graph more than once
     optimizer = job.optimizer(method)
     loader = MicroBatches(
         data,
         seed=job.seed,
-        micro=batch.micro,
+        micro=batch.micro * batch.passes,
         world=batch.world,
         accumulation=batch.accumulation,
         rank=fabric.global_rank,
@@ -181,7 +185,6 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     guard = FiniteGuard(fabric.device)
     guard.arm(optimizer)
     scaler = getattr(fabric.strategy.precision, "scaler", None)  # fp16 only: it has its own way with infinities
-    generator = torch.Generator(fabric.device)
     running, watch = Running(), Stopwatch()
     metrics = Metrics(run.folder, first, machine.tensorboard) if fabric.is_global_zero else None
     meters = CollapseMeters(data, method, fabric.device, batch.total) if fabric.is_global_zero else None
@@ -189,6 +192,23 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
 
     def look_at_terms(losses: dict[str, Tensor]) -> None:
         seen.update(term_gradients(losses, method.encoder, fabric))
+
+    draws = Draws(fabric.device)
+
+    def seek(step: int, first: int) -> Draws:
+        """The generator for the views of the images from number `first` of the step's on."""
+        draws.seek(seed_of("views", job.seed, step, 0), seed_of("alone", job.seed, step, first), batch.total, first)
+        return draws
+
+    def replay(images: Tensor, step: int, first: int) -> Callable[[int], dict[str, Tensor]]:
+        """views(i) of the i-th pass over `images`, for the gradient cache."""
+
+        def views(i: int) -> dict[str, Tensor]:
+            torch.manual_seed(seed_of("model", job.seed, step, first, i))
+            with torch.no_grad():
+                return method.build_views(images.split(batch.micro)[i], seek(step, first + i * batch.micro))
+
+        return views
 
     micro_batches = loader(first, total)
     with progress_bar(console, progress) as bar:
@@ -203,11 +223,16 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             seen.clear()
             for a in range(batch.accumulation):
                 images = next(micro_batches)
-                index = a * batch.world + fabric.global_rank
-                generator.manual_seed(seed_of("views", job.seed, step, index))
+                index = (a * batch.world + fabric.global_rank) * batch.micro * batch.passes
+                if batch.passes > 1:
+                    views = replay(images, step, index)
+                    losses = cached_backward(method, views, batch.passes, fabric, batch.accumulation)
+                    continue
                 with fabric.no_backward_sync(model, enabled=a < batch.accumulation - 1):
-                    losses = model(images, generator, look_at_terms if look and a == 0 else None)
+                    losses = model(images, seek(step, index), look_at_terms if look and a == 0 else None)
                     fabric.backward(losses["loss"] / batch.accumulation)
+            if batch.passes > 1 and batch.world > 1:
+                average_gradients(method)
             if scaler is not None or job.optim.clip_grad:
                 limit = job.optim.clip_grad or math.inf
                 norm: Any = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
@@ -261,7 +286,6 @@ class Run:
         self.resumed = previous.get("resumed", 0)
         self.created = previous.get("created", provenance.now())
         self.steps = 0
-        self.couples = False
         self.info: dict[str, Any] = {}
         self.flops_per_image: float | None = 0.0
         self.began = time.perf_counter()
