@@ -221,16 +221,18 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             look = (step + 1) % machine.meters_every == 0 or step + 1 == total
             seen.clear()
+            mean: dict[str, Any] = {}  # losses of the step
             for a in range(batch.accumulation):
                 images = next(micro_batches)
                 index = (a * batch.world + fabric.global_rank) * batch.micro * batch.passes
                 if batch.passes > 1:
                     views = replay(images, step, index)
                     losses = cached_backward(method, views, batch.passes, fabric, batch.accumulation)
-                    continue
-                with fabric.no_backward_sync(model, enabled=a < batch.accumulation - 1):
-                    losses = model(images, seek(step, index), look_at_terms if look and a == 0 else None)
-                    fabric.backward(losses["loss"] / batch.accumulation)
+                else:
+                    with fabric.no_backward_sync(model, enabled=a < batch.accumulation - 1):
+                        losses = model(images, seek(step, index), look_at_terms if look and a == 0 else None)
+                        fabric.backward(losses["loss"] / batch.accumulation)
+                mean = {k: mean.get(k, 0.0) + x.detach() / batch.accumulation for k, x in losses.items()}
             if batch.passes > 1 and batch.world > 1:
                 average_gradients(method)
             if scaler is not None or job.optim.clip_grad:
@@ -238,11 +240,11 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 norm: Any = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
             else:
                 norm = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
-            guard.check(losses["loss"] if scaler is not None else norm)
+            guard.check(mean["loss"] if scaler is not None else norm)
             optimizer.step()
             optimizer.zero_grad()
             method.after_step((step + 1) / total)
-            running.add({**losses, "grad_norm": norm})
+            running.add({**mean, "grad_norm": norm})
             watch.images += batch.total
             run.steps = step + 1
 
@@ -258,7 +260,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             if look and meters:
                 seen.update(meters.read(method, fabric))
             if log:
-                means = running.means()
+                means = running.means(fabric)
                 speed = watch.read(loader.wait_s)
                 seen.update({"epoch": run.steps / per_epoch, "lr": lr, **means, **speed})
                 note = f"loss {means['loss']:.3f} {speed['images_per_s']:.0f} img/s wait {speed['data_wait']:.0%}"

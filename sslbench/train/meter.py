@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -58,9 +59,12 @@ class Running:
         self.total = stacked if self.total is None else self.total + stacked
         self.steps += 1
 
-    def means(self) -> dict[str, float]:
+    def means(self, fabric: Fabric | None = None) -> dict[str, float]:
+        """Over the steps since the last reading and, by `fabric`, over its devices, which all ask for it together."""
         if self.total is None:
             return {}
+        if fabric is not None and fabric.world_size > 1:
+            self.total = cast(Tensor, fabric.all_reduce(self.total, reduce_op="mean"))
         means = dict(zip(self.names, (self.total / self.steps).tolist(), strict=True))
         self.total, self.steps = None, 0
         return means
