@@ -127,6 +127,7 @@ def show_data(console: Console) -> list[dict[str, Any]]:
         {"spec": "folder:DIR", "what": "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE"},
         {"spec": "imagenet:DIR", "what": "the same, with ImageNet-1K's 1000 classes"},
         {"spec": "coco:DIR", "what": "DIR/train2017/*.jpg, DIR/val2017/*.jpg, without labels"},
+        {"spec": "packed:DIR", "what": "any of these, as `sslbench data pack SPEC --out DIR` writes it: quick to read"},
         {"spec": "A+B", "what": "several of these as one, without labels"},
     ]
     root = os.environ.get("SSLBENCH_DATA")

@@ -123,12 +123,28 @@ def data_name(spec: str) -> str:
     parts = []
     for part in spec.split("+"):
         kind, _, where = part.partition(":")
+        if kind == "packed":
+            parts.append(_packed_name(Path(where).expanduser()))
+            continue
         name = Path(where).stem if kind in ("npz", "folder", "wds", "hfds") and where else kind
         if kind in ("folder", "imagenet") and "@" in where:  # PATH@FILE: what FILE lists
             name = Path(where.rpartition("@")[2]).stem
         name = re.sub(r"_(train|test|val)$", "", name)
         parts.append(re.sub(r"[^A-Za-z0-9.-]+", "-", name) or kind)
     return "+".join(parts)
+
+
+def _packed_name(path: Path) -> str:
+    """The name of the set that `sslbench data pack` put there, with its size where images were shrunk for it."""
+    try:
+        return json.loads((path / "pack.json").read_text())["name"]
+    except (OSError, ValueError, KeyError, TypeError):  # opening the set says what is wrong
+        return path.stem
+
+
+def unpacked_name(name: str) -> str:
+    """imagenet-256px -> imagenet"""
+    return re.sub(r"-\d+px$", "", name)
 
 
 class Batch(BaseModel):
@@ -331,7 +347,7 @@ def choose(method: str, arch: str | None, spec: str | None) -> Path:
     arch; arch and data given by the user then replace the recipe's own.
     """
     known = {n.split("/", 1)[1]: p for n, p in recipe_files().items() if n.startswith(f"{method}/")}
-    data = data_name(spec) if spec else None
+    data = unpacked_name(data_name(spec)) if spec else None
     if arch and (exact := known.get(f"{arch}_{data or 'imagenet'}")):
         return exact
     if data and not arch and data != "imagenet":

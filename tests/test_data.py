@@ -3,7 +3,11 @@
 import hashlib
 import io
 import json
+import os
+import pickle
+import signal
 import tarfile
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +20,11 @@ from torchvision.transforms.functional import InterpolationMode
 
 from sslbench.data import known_size, open_split
 from sslbench.data.check import check
-from sslbench.data.loader import MicroBatches, evaluation_batches
-from sslbench.data.sources import MemoryImages
+from sslbench.data.loader import MicroBatches, evaluation_batches, plain_resized_crop, resized_crop
+from sslbench.data.sources import FolderImages, MemoryImages, PackedImages, subset
 from sslbench.errors import RunFailed, UserError
 from sslbench.evaluate.features import both_splits
+from sslbench.recipe import data_name
 
 
 def batches(data, first=0, last=4, **over):
@@ -269,14 +274,126 @@ def test_evaluation_views_of_small_images_are_torchvisions_pixel_for_pixel(image
     assert (same - got).abs().max() <= (2 if size > 32 else 1)
 
 
-def test_evaluation_views_of_photographs_are_torchvisions_pixel_for_pixel(shared, tmp_path):
+@pytest.fixture(scope="module")
+def photographs(shared, tmp_path_factory):
+    """24 photographs of COCO's, of several sizes, in train/ and in val/."""
+    root = tmp_path_factory.mktemp("photographs")
     with tarfile.open(shared / "data" / "coco_mini.tar") as tar:
-        names = [m for m in tar.getmembers() if m.name.endswith(".jpg")][:24]
-        for i, member in enumerate(names):
-            (tmp_path / "set" / "val").mkdir(parents=True, exist_ok=True)
-            (tmp_path / "set" / "val" / f"{i:02}.jpg").write_bytes(tar.extractfile(member).read())
-    data = open_split(f"folder:{tmp_path / 'set'}", "val")
+        for i, member in enumerate([m for m in tar.getmembers() if m.name.endswith(".jpg")][:24]):
+            for split in ("train", "val"):
+                (root / split).mkdir(exist_ok=True)
+                (root / split / f"{i:02}.jpg").write_bytes(tar.extractfile(member).read())
+    return f"folder:{root}"
+
+
+def test_evaluation_views_of_photographs_are_torchvisions_pixel_for_pixel(photographs):
+    data = open_split(photographs, "val")
     assert len({data.read(i).size for i in range(len(data))}) > 3
     for size, short in ((224, 256), (96, 109)):
         got = torch.cat(list(evaluation_batches(data, size, 8, torch.device("cpu"), 2)))
         assert got.equal(expected_views(data, [short], size))
+
+
+def test_crops_for_training_are_pils_to_the_order_of_its_two_passes(photographs):
+    data, differ = open_split(photographs, "train"), []
+    for i in range(len(data)):
+        image = torch.from_numpy(np.array(data.read(i)))
+        for box in ([0, 0, *image.shape[:2]], [3, 5, 200, 151], [40, 0, 90, 120]):
+            quick, plain = (f(image, box, 112).int() for f in (resized_crop, plain_resized_crop))
+            differ.append((quick - plain).abs().float())
+    differ = torch.stack(differ)
+    assert differ.max() <= 10 and differ.mean() < 0.1 and (differ > 1).float().mean() < 1e-3
+
+
+def test_a_pack_that_keeps_every_pixel_is_the_same_set(image_folder, tmp_path, invoke):
+    spec = f"folder:{image_folder}"
+    done = invoke("data", "pack", spec, "--out", "p", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["data"] == "packed:p" and told["splits"]["val"] | {"images": 20, "shrunk": 0} == told["splits"]["val"]
+    for split in ("train", "val"):
+        packed, plain = open_split("packed:p", split), open_split(spec, split)
+        assert isinstance(packed, PackedImages) and packed.fingerprint == plain.fingerprint
+        assert packed.labels.equal(plain.labels) and packed.classes == plain.classes
+        assert packed.read(7).tobytes() == plain.read(7).tobytes()
+    assert data_name("packed:p") == data_name(spec) == "images"  # and so one recipe hash
+    train, plain = open_split("packed:p", "train"), open_split(spec, "train")
+    (_, expected), (_, alone), (_, helped) = batches(plain), batches(train), batches(train, workers=2)
+    assert all(a.equal(b) and a.equal(c) for a, b, c in zip(expected, alone, helped, strict=True))
+    assert len(pickle.dumps(train)) < 40 * 32 * 32 * 3 / 10  # a worker maps the file: no pixel is sent to it
+    index = torch.tensor([30, 2])
+    part = subset(train, index)
+    assert part.read(1).tobytes() == plain.read(2).tobytes() and part.labels.equal(plain.labels[index])
+    assert part.fingerprint != train.fingerprint and len(open_split("packed:p+builtin", "train")) == 4040
+
+
+def test_a_set_that_lives_in_memory_does_so_when_it_is_packed(invoke):
+    assert invoke("data", "pack", "builtin").exit_code == 0
+    packed, plain = open_split("packed:builtin", "train"), open_split("builtin", "train")
+    assert isinstance(packed, MemoryImages) and packed.images.equal(plain.images) and packed.labels.equal(plain.labels)
+    assert packed.fingerprint == plain.fingerprint and data_name("packed:builtin") == "builtin"
+    done = invoke("data", "pack", "packed:builtin", "--size", "16", "--out", "small")
+    assert done.exit_code == 0 and data_name("packed:small") == "builtin-16px", done.stderr
+    small = open_split("packed:small", "val")
+    assert small.fingerprint != open_split("builtin", "val").fingerprint and small.read(3).size == (16, 16)
+
+
+def test_evaluation_sees_the_same_pixels_of_a_pack_as_of_the_files(photographs, invoke):
+    done = invoke("data", "pack", photographs, "--size", "109", "--out", "p")
+    assert done.exit_code == 0, done.stderr
+    data, packed = open_split(photographs, "val"), open_split("packed:p", "val")
+    assert {min(packed.read(i).size) for i in range(len(packed))} == {109}
+    views = [torch.cat(list(evaluation_batches(x, 96, 8, torch.device("cpu"), 0))) for x in (data, packed)]
+    assert views[0].equal(views[1]) and data.fingerprint != packed.fingerprint
+    assert data_name("packed:p").endswith("-109px") and packed.labels is None
+
+
+def test_a_pack_is_whole_or_absent(image_folder, tmp_path, invoke, monkeypatch):
+    def refused(*args, code=2):
+        done = invoke("data", "pack", f"folder:{image_folder}", "--out", "p/q", *args)
+        assert done.exit_code == code and not (tmp_path / "p/q").exists()
+        assert not list((tmp_path / "p").iterdir() if (tmp_path / "p").exists() else [])
+        return done.stderr
+
+    with monkeypatch.context() as m:
+        m.setattr("shutil.disk_usage", lambda path: namedtuple("usage", "free")(100_000))
+        assert "needs about 0.000194 GB" in refused() and not (tmp_path / "p").exists()
+    read = FolderImages.read
+    with monkeypatch.context() as m:
+
+        def interrupted(data, index):
+            if (tmp_path / "p/.q.part/train.images").exists() and index == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return read(data, index)
+
+        m.setattr(FolderImages, "read", interrupted)
+        assert "SIGTERM while packing; nothing is kept" in refused(code=130)
+    bad = sorted((image_folder / "val").rglob("*.png"))[2:4]
+    whole = [f.read_bytes() for f in bad]
+    for f in bad:
+        f.write_bytes(f.read_bytes()[:200])
+    said = refused()
+    assert "2 of 20 images of images cannot be read" in said and all(str(f) in said for f in bad)
+    for f, data in zip(bad, whole, strict=True):
+        f.write_bytes(data)
+    (tmp_path / "p/.q.part").mkdir()
+    (tmp_path / "p/.q.part/train.images").write_bytes(b"of a process that was killed")
+    for code, word in ((0, "every pixel kept"), (2, "p/q exists; remove it")):
+        done = invoke("data", "pack", f"folder:{image_folder}", "--out", "p/q")
+        assert done.exit_code == code and word in done.stdout + done.stderr
+    assert [f.name for f in (tmp_path / "p").iterdir()] == ["q"]
+
+
+def test_a_damaged_pack_is_found_out(image_folder, tmp_path, invoke):
+    assert invoke("data", "pack", f"folder:{image_folder}", "--out", "p").exit_code == 0
+    done = invoke("data", "check", "packed:p")
+    assert done.exit_code == 0 and "train: 40 images, 4 classes, median size 32 x 32" in done.stdout, done.stdout
+    pixels = bytearray((tmp_path / "p/val.images").read_bytes())
+    pixels[3 * 32 * 32 * 3 + 1] ^= 1
+    (tmp_path / "p/val.images").write_bytes(pixels)
+    done = invoke("data", "check", "packed:p")
+    assert done.exit_code == 2 and "cannot be read: p/val.images image 3" in done.stdout
+    (tmp_path / "p/val.images").write_bytes(pixels[:-1])
+    for data, why in (("p", "val.images has 61439 bytes, not 61440"), ("none", "No such file")):
+        with pytest.raises(UserError, match=f"'packed:{data}' is not what `sslbench data pack SPEC .* writes.*{why}"):
+            open_split(f"packed:{data}", "val")

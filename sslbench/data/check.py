@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from .loader import CORRUPT_LIMIT
-from .sources import ImageSet, MemoryImages, open_split
+from .sources import ImageSet, MemoryImages, PackedImages, open_split
 
 
 def check(spec: str) -> dict[str, Any]:
@@ -28,7 +28,10 @@ def check(spec: str) -> dict[str, Any]:
 
 def _describe(data: ImageSet) -> dict[str, Any]:
     corrupt: list[str] = []
-    if not isinstance(data, MemoryImages):
+    if isinstance(data, PackedImages):
+        corrupt = [data.where(i) for i in range(len(data)) if not data.intact(i)]
+        pixels = sorted((w, h) for _, h, w, _ in data.table.tolist())
+    elif not isinstance(data, MemoryImages):
         with ThreadPoolExecutor(4) as pool:
             sizes = list(pool.map(lambda i: _size(data, i), range(len(data))))
         corrupt = [data.where(i) for i, size in enumerate(sizes) if size is None]

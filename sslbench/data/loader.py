@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RunFailed
 from ..views import centre_window, crop_boxes, resize_centre
-from .sources import ImageSet, MemoryImages
+from .sources import ImageSet, MemoryImages, PackedImages
 
 CORRUPT_LIMIT = 0.001  # the share of a data set's files that may be unreadable
 
@@ -147,19 +148,34 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[int]]:
         epoch, index = key
-        image, found, corrupt = _readable(self.data, index)
+        image, found, corrupt = _pixels(self.data, index)
         generator = torch.Generator().manual_seed(seed_of("crop", self.seed, epoch, index))
-        boxes = torch.stack(crop_boxes(self.crops, (image.height, image.width), self.scale, generator), 1).long()
-        side = (self.size, self.size)
-        views = [
-            image.crop((left, top, left + w, top + h)).resize(side, Image.Resampling.BICUBIC)
-            for top, left, h, w in boxes.tolist()
-        ]
+        height, width, _ = image.shape
+        boxes = torch.stack(crop_boxes(self.crops, (height, width), self.scale, generator), 1).long()
+        views = [resized_crop(image, box, self.size) for box in boxes.tolist()]
         if self.distort:
             with host_seed(seed_of("distort", self.seed, epoch, index)):
-                views = [self.distort(view) for view in views]
+                pictures = [self.distort(Image.fromarray(view.permute(1, 2, 0).numpy())) for view in views]
+            views = [to_tensor(picture) for picture in pictures]
         label = -1 if self.data.labels is None else int(self.data.labels[found])
-        return torch.stack([to_tensor(view) for view in views]), label, corrupt
+        return torch.stack(views), label, corrupt
+
+
+def resized_crop(image: Tensor, box: list[int], size: int) -> Tensor:
+    """The box (top, left, height, width) of an image uint8 (H, W, 3), resized to (3, size, size).
+
+    PIL's antialiased bicubic filter in a third of PIL's time; `plain_resized_crop` is PIL's own. Where PIL shrinks rows
+    first and torch columns, the rounding in between moves a quarter of the pixels by a level of 255, hardly any by 8.
+    """
+    top, left, h, w = box
+    part = image[top : top + h, left : left + w].permute(2, 0, 1)[None]
+    return F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
+
+
+def plain_resized_crop(image: Tensor, box: list[int], size: int) -> Tensor:
+    top, left, h, w = box
+    picture = Image.fromarray(image.numpy()).crop((left, top, left + w, top + h))
+    return to_tensor(picture.resize((size, size), Image.Resampling.BICUBIC))
 
 
 @contextlib.contextmanager
@@ -184,6 +200,14 @@ def _readable(data: ImageSet, index: int) -> tuple[Image.Image, int, list[int]]:
         except OSError:
             corrupt.append(i % len(data))
     raise RunFailed(f"no image of {data.name} can be read")
+
+
+def _pixels(data: ImageSet, index: int) -> tuple[Tensor, int, list[int]]:
+    """`_readable` as uint8 (H, W, 3); of a packed set a view of its file."""
+    if isinstance(data, PackedImages):
+        return torch.from_numpy(data.pixels(index)), index, []
+    image, found, corrupt = _readable(data, index)
+    return torch.from_numpy(np.array(image)), found, corrupt
 
 
 def to_tensor(image: Image.Image) -> Tensor:

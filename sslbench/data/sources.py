@@ -1,14 +1,17 @@
-"""Data sets by SPEC: `builtin`, `npz:PATH`, `folder:DIR`, `imagenet:DIR`, or a bare name under $SSLBENCH_DATA."""
+"""Data sets by SPEC: `builtin`, `npz:PATH`, `folder:DIR`, `packed:DIR`, or a bare name under $SSLBENCH_DATA."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
+import zlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from ..errors import UserError, nearest
 from .layouts import published, tiny_imagenet
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-KINDS = ("builtin", "npz", "folder", "imagenet", "coco")
+KINDS = ("builtin", "npz", "folder", "imagenet", "coco", "packed")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 HINT = "`--data builtin` and `sslbench quickstart` run now, with no download"
 # Training images of sets that a plan may be asked about before they are on this machine.
@@ -100,12 +103,52 @@ class FolderImages:
 
 
 @dataclass
+class PackedImages:
+    """A large set as `sslbench data pack` writes it: raw pixels in one file, mapped into memory, never copied there."""
+
+    name: str
+    split: str
+    file: Path
+    table: Tensor  # (N, 4) int64: where an image begins in the file, its height, its width, the CRC-32 of its pixels
+    fingerprint: str
+    labels: Tensor | None
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @cached_property
+    def mapped(self) -> np.ndarray:
+        # Copy-on-write, since torch wants memory that could be written; nobody writes.
+        return np.memmap(self.file, np.uint8, "c")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader's worker is sent: it maps the file itself."""
+        return {k: v for k, v in self.__dict__.items() if k != "mapped"}
+
+    def where(self, index: int) -> str:
+        return f"{self.file} image {index}"
+
+    def pixels(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3), a view of the file."""
+        begin, height, width, _ = self.table[index].tolist()
+        return self.mapped[begin : begin + height * width * 3].reshape(height, width, 3)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels(index))
+
+    def intact(self, index: int) -> bool:
+        """Whether the pixels are those that were written."""
+        return zlib.crc32(self.pixels(index)) == self.table[index, 3]
+
+
+@dataclass
 class JoinedImages:
     """Several sets as one, for pre-training: their images one set after the other, without labels."""
 
     name: str
     split: str
-    parts: list[MemoryImages | FolderImages]
+    parts: list[MemoryImages | FolderImages | PackedImages]
     labels: None = None
     classes: list[str] = field(default_factory=list)
 
@@ -125,7 +168,7 @@ class JoinedImages:
         part, at = self._find(index)
         return part.read(at)
 
-    def _find(self, index: int) -> tuple[MemoryImages | FolderImages, int]:
+    def _find(self, index: int) -> tuple[MemoryImages | FolderImages | PackedImages, int]:
         for part in self.parts:
             if index < len(part):
                 return part, index
@@ -133,7 +176,7 @@ class JoinedImages:
         raise IndexError(index)
 
 
-ImageSet = MemoryImages | FolderImages | JoinedImages
+ImageSet = MemoryImages | FolderImages | PackedImages | JoinedImages
 
 
 def open_split(spec: str, split: str) -> ImageSet:
@@ -154,6 +197,8 @@ def open_split(spec: str, split: str) -> ImageSet:
         return _folder(kind, path, split)
     if kind == "coco":
         return _coco(path, split)
+    if kind == "packed":
+        return _packed(path, split)
     raise UserError(f"data '{spec}': unknown kind '{kind}'{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
 
 
@@ -164,6 +209,9 @@ def subset(data: ImageSet, index: Tensor) -> ImageSet:
     labels = None if data.labels is None else data.labels[index]
     if isinstance(data, MemoryImages):
         return replace(data, images=data.images[index], labels=labels)
+    if isinstance(data, PackedImages):
+        part = hashlib.sha256(data.fingerprint.encode() + index.numpy().tobytes()).hexdigest()[:12]
+        return replace(data, table=data.table[index], labels=labels, fingerprint=part)
     return replace(data, files=[data.files[i] for i in index.tolist()], labels=labels)
 
 
@@ -249,6 +297,28 @@ def _npz(path: Path, split: str) -> MemoryImages:
         None if labels is None else torch.from_numpy(labels.astype(np.int64)),
         classes or ([] if labels is None else [str(i) for i in range(int(labels.max()) + 1)]),
     )
+
+
+def _packed(path: Path, split: str) -> MemoryImages | PackedImages:
+    """What `sslbench data pack` wrote to PATH; pack.py says how. Sets that lived in memory do so again."""
+    try:
+        pack = json.loads((path / "pack.json").read_text())
+        if split not in pack["splits"]:
+            raise UserError(f"data 'packed:{path}': no {split} split; it was packed without")
+        part, file, labels = pack["splits"][split], path / f"{split}.images", None
+        if (size := file.stat().st_size) != part["bytes"]:
+            raise ValueError(f"{file} has {size} bytes, not {part['bytes']}")
+        if part["labelled"]:
+            labels = torch.from_numpy(np.load(path / f"{split}.labels.npy"))
+        if shape := part["shape"]:
+            images = torch.from_numpy(np.memmap(file, np.uint8, "c", shape=tuple(shape)))
+            return MemoryImages(pack["name"], split, images, labels, part["classes"])
+        table = torch.from_numpy(np.load(path / f"{split}.table.npy"))
+        return PackedImages(pack["name"], split, file, table, part["fingerprint"], labels, part["classes"])
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"data 'packed:{path}' is not what `sslbench data pack SPEC --out {path}` writes, or not all of it: {e}"
+        ) from None
 
 
 def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderImages:

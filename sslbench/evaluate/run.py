@@ -14,7 +14,18 @@ from ..data import ImageSet, open_test
 from ..errors import UserError
 from ..ledger import Record, Scale, accuracy_stderr, append
 from ..paths import home
-from ..recipe import Machine, Strict, data_name, digest, find_recipe, merge, parse_sets, read_tree, validate
+from ..recipe import (
+    Machine,
+    Strict,
+    data_name,
+    digest,
+    find_recipe,
+    merge,
+    parse_sets,
+    read_tree,
+    unpacked_name,
+    validate,
+)
 from ..stats import mean_interval
 from ..train.device import default_device
 from ..train.loop import fit, read_run
@@ -280,6 +291,6 @@ def to_ledger(
 
 def scale_of(pretrain_data: str, image_size: int) -> Scale:
     """tiny: the built-in subset. cifar: small images. paper: ImageNet at full size."""
-    if pretrain_data == "imagenet" and image_size >= 224:
+    if unpacked_name(pretrain_data) == "imagenet" and image_size >= 224:
         return "paper"
     return "tiny" if pretrain_data == "builtin" or image_size >= 224 else "cifar"
