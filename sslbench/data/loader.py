@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from ..errors import RunFailed
 from ..views import centre_window, crop_boxes, resize_centre
 from .sources import ImageSet, MemoryImages, PackedImages
 
+T = TypeVar("T")
+Box = tuple[int, int, int, int]  # top, left, height, width
 CORRUPT_LIMIT = 0.001  # the share of a data set's files that may be unreadable
 
 
@@ -146,13 +149,23 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
         self.data, self.seed, self.crops, self.size, self.scale = data, seed, crops, size, scale
         self.distort = distort
 
+    def _boxes(self, epoch: int, index: int, height: int, width: int) -> list[Box]:
+        generator = torch.Generator().manual_seed(seed_of("crop", self.seed, epoch, index))
+        boxes = torch.stack(crop_boxes(self.crops, (height, width), self.scale, generator), 1).long()
+        return [(top, left, h, w) for top, left, h, w in boxes.tolist()]
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[int]]:
         epoch, index = key
-        image, found, corrupt = _pixels(self.data, index)
-        generator = torch.Generator().manual_seed(seed_of("crop", self.seed, epoch, index))
-        height, width, _ = image.shape
-        boxes = torch.stack(crop_boxes(self.crops, (height, width), self.scale, generator), 1).long()
-        views = [resized_crop(image, box, self.size) for box in boxes.tolist()]
+        if isinstance(self.data, PackedImages):
+            image, found = torch.from_numpy(self.data.pixels(index)), index
+            corrupt: list[int] = []
+            views = [resized_crop(image, box, self.size) for box in self._boxes(epoch, index, *image.shape[:2])]
+        else:
+            views, found, corrupt = _readable(
+                self.data,
+                index,
+                lambda image: decoded_crops(image, self._boxes(epoch, index, image.height, image.width), self.size),
+            )
         if self.distort:
             with host_seed(seed_of("distort", self.seed, epoch, index)):
                 pictures = [self.distort(Image.fromarray(view.permute(1, 2, 0).numpy())) for view in views]
@@ -161,21 +174,39 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
         return torch.stack(views), label, corrupt
 
 
-def resized_crop(image: Tensor, box: list[int], size: int) -> Tensor:
-    """The box (top, left, height, width) of an image uint8 (H, W, 3), resized to (3, size, size).
+def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
+    """The box of an image uint8 (H, W, 3), resized to (3, size, size).
 
-    PIL's antialiased bicubic filter in a third of PIL's time; `plain_resized_crop` is PIL's own. Where PIL shrinks rows
-    first and torch columns, the rounding in between moves a quarter of the pixels by a level of 255, hardly any by 8.
+    PIL's antialiased bicubic filter in a third of PIL's time. Where PIL shrinks rows first and torch columns, the
+    rounding in between moves a quarter of the pixels by a level of 255, hardly any by 8.
     """
     top, left, h, w = box
     part = image[top : top + h, left : left + w].permute(2, 0, 1)[None]
     return F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
 
 
-def plain_resized_crop(image: Tensor, box: list[int], size: int) -> Tensor:
-    top, left, h, w = box
-    picture = Image.fromarray(image.numpy()).crop((left, top, left + w, top + h))
-    return to_tensor(picture.resize((size, size), Image.Resampling.BICUBIC))
+def decoded_crops(image: Image.Image, boxes: list[Box], size: int) -> list[Tensor]:
+    """The boxes of an image that is opened and not yet decoded, each resized to (3, size, size). For training only.
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size where every box still has `size` pixels a side then:
+    within a mean of 2.5 levels of 255 of `plain_crops`, and up to 3 times as fast.
+    """
+    width, height = image.size
+    least = min(side for box in boxes for side in box[2:])
+    image.draft(None, (math.ceil(width * size / least), math.ceil(height * size / least)))
+    shrunk = round(width / image.width)
+    picture = image.convert("RGB")
+    if shrunk == 1:
+        pixels = torch.from_numpy(np.array(picture))
+        return [resized_crop(pixels, box, size) for box in boxes]
+    parts = [(left / shrunk, top / shrunk, (left + w) / shrunk, (top + h) / shrunk) for top, left, h, w in boxes]
+    return [to_tensor(picture.resize((size, size), Image.Resampling.BICUBIC, part)) for part in parts]
+
+
+def plain_crops(image: Image.Image, boxes: list[Box], size: int) -> list[Tensor]:
+    """What `decoded_crops` does quickly."""
+    parts = [image.convert("RGB").crop((left, top, left + w, top + h)) for top, left, h, w in boxes]
+    return [to_tensor(part.resize((size, size), Image.Resampling.BICUBIC)) for part in parts]
 
 
 @contextlib.contextmanager
@@ -191,23 +222,15 @@ def host_seed(seed: int) -> Iterator[None]:
         np.random.set_state(before[1])
 
 
-def _readable(data: ImageSet, index: int) -> tuple[Image.Image, int, list[int]]:
-    """The image at `index`, or at the next index that can be read; that index; and those that could not."""
+def _readable(data: ImageSet, index: int, use: Callable[[Image.Image], T]) -> tuple[T, int, list[int]]:
+    """`use` of the image at `index`, or at the next index that can be read; that index; and those that could not."""
     corrupt: list[int] = []
     for i in range(index, index + len(data)):
         try:
-            return data.read(i % len(data)), i % len(data), corrupt
+            return data.use(i % len(data), use), i % len(data), corrupt
         except OSError:
             corrupt.append(i % len(data))
     raise RunFailed(f"no image of {data.name} can be read")
-
-
-def _pixels(data: ImageSet, index: int) -> tuple[Tensor, int, list[int]]:
-    """`_readable` as uint8 (H, W, 3); of a packed set a view of its file."""
-    if isinstance(data, PackedImages):
-        return torch.from_numpy(data.pixels(index)), index, []
-    image, found, corrupt = _readable(data, index)
-    return torch.from_numpy(np.array(image)), found, corrupt
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -229,7 +252,7 @@ class _Centred(Dataset[tuple[Tensor, int, list[int]]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, list[int]]:
-        image, _, corrupt = _readable(self.data, index)
+        image, _, corrupt = _readable(self.data, index, lambda image: image.convert("RGB"))
         (h, w), (top, left) = centre_window((image.height, image.width), self.size)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
         return to_tensor(image.crop((left, top, left + self.size, top + self.size))), -1, corrupt

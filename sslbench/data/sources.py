@@ -7,11 +7,12 @@ import io
 import json
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ..errors import UserError, nearest
 from .layouts import published, tiny_imagenet
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+T = TypeVar("T")
 KINDS = ("builtin", "npz", "folder", "imagenet", "coco", "packed")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 HINT = "`--data builtin` and `sslbench quickstart` run now, with no download"
@@ -66,6 +68,9 @@ class MemoryImages:
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
 
+    def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
+        return f(self.read(index))
+
 
 @dataclass
 class FolderImages:
@@ -94,10 +99,14 @@ class FolderImages:
         return str(self.root / self.files[index])
 
     def read(self, index: int) -> Image.Image:
-        """The decoded RGB image; raises OSError (PIL's errors are some) where the file is corrupt."""
+        """The decoded RGB image; raises OSError where the file is corrupt."""
+        return self.use(index, lambda image: image.convert("RGB"))
+
+    def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
+        """f of the opened image, which decodes it as it likes; raises OSError (PIL's errors are some) as `read`."""
         try:
             with Image.open(self.root / self.files[index]) as image:
-                return image.convert("RGB")
+                return f(image)
         except (SyntaxError, ValueError, Image.DecompressionBombError) as e:  # PIL's other words for 'corrupt'
             raise OSError(str(e)) from e
 
@@ -137,6 +146,9 @@ class PackedImages:
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels(index))
 
+    def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
+        return f(self.read(index))
+
     def intact(self, index: int) -> bool:
         """Whether the pixels are those that were written."""
         return zlib.crc32(self.pixels(index)) == self.table[index, 3]
@@ -167,6 +179,10 @@ class JoinedImages:
     def read(self, index: int) -> Image.Image:
         part, at = self._find(index)
         return part.read(at)
+
+    def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
+        part, at = self._find(index)
+        return part.use(at, f)
 
     def _find(self, index: int) -> tuple[MemoryImages | FolderImages | PackedImages, int]:
         for part in self.parts:
