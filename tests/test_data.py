@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import tarfile
 from collections import namedtuple
@@ -400,3 +401,20 @@ def test_a_damaged_pack_is_found_out(image_folder, tmp_path, invoke):
     for data, why in (("p", "val.images has 61439 bytes, not 61440"), ("none", "No such file")):
         with pytest.raises(UserError, match=f"'packed:{data}' is not what `sslbench data pack SPEC .* writes.*{why}"):
             open_split(f"packed:{data}", "val")
+
+
+def test_every_log_line_says_what_share_of_the_time_was_spent_waiting_for_data(image_folder, tmp_path, invoke):
+    quick = ["machine.log_every=1", "machine.workers=1", "machine.tensorboard=false", "science.data.image_size=16"]
+    for spec, waits in ((f"folder:{image_folder}", True), ("builtin", False)):
+        done = invoke(
+            "pretrain", "mae", "--arch", "vit_mini4", "--data", spec, "--epochs", 5 / (5 if waits else 500),
+            "--batch-size", 8, "--out", spec[:7], *[x for setting in quick for x in ("--set", setting)],
+        )  # fmt: skip
+        assert done.exit_code == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / spec[:7] / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+        assert all(0 < line["data_wait"] < 1 if waits else line["data_wait"] == 0 for line in lines), lines
+        shown = re.search(r"loss [\d.]+ [\d.]+ img/s wait ([\d.]+)%", done.stderr)
+        assert shown and shown[1] == f"{100 * lines[-1]['data_wait']:.1f}"
+        if waits:  # a process of its own has to start before the first batch is there
+            assert lines[0]["data_wait"] > 0.5

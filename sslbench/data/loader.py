@@ -273,9 +273,13 @@ def evaluation_batches(data: ImageSet, size: int, batch: int, device: torch.devi
         for i in range(0, len(data), batch):
             yield resize_centre(data.images[i : i + batch].to(device), size)
         return
-    context = "forkserver" if workers else None
     loader = DataLoader(
-        _Centred(data, size), batch, num_workers=workers, collate_fn=_collate, multiprocessing_context=context
+        _Centred(data, size),
+        batch,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="forkserver" if workers else None,
     )
     corrupt: set[int] = set()
     for images, _, bad in loader:

@@ -29,7 +29,7 @@ from .device import bf16_is_fast, default_device, keep_freed_memory
 from .diagnose import CollapseMeters, term_gradients
 from .guard import FiniteGuard, Signals
 from .job import Job
-from .meter import Metrics, Running, Stopwatch, progress_bar
+from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
 from .state import newest_checkpoint, save_checkpoint, sha256_file, write_atomically, write_json
 
@@ -263,8 +263,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 means = running.means(fabric)
                 speed = watch.read(loader.wait_s)
                 seen.update({"epoch": run.steps / per_epoch, "lr": lr, **means, **speed})
-                note = f"loss {means['loss']:.3f} {speed['images_per_s']:.0f} img/s wait {speed['data_wait']:.0%}"
-                bar.update(task, note=note)
+                bar.update(task, note=note(means["loss"], speed))
             if metrics and seen:
                 metrics.write(run.steps, seen)
             bar.update(task, completed=run.steps)

@@ -120,6 +120,11 @@ class Stopwatch:
         return out
 
 
+def note(loss: float, speed: dict[str, float]) -> str:
+    """What the terminal shows of a log step, beside the bar."""
+    return f"loss {loss:.3f} {speed['images_per_s']:.1f} img/s wait {speed['data_wait']:.1%}"
+
+
 def progress_bar(console: Console, shown: bool) -> Progress:
     """Fits 80 columns: what, bar, share, time left, then the loop's own words."""
     return Progress(

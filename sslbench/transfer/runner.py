@@ -26,7 +26,7 @@ from ..errors import Interrupted, RunFailed
 from ..recipe import Batch
 from ..train.guard import Signals
 from ..train.loop import Run
-from ..train.meter import Metrics, Running, Stopwatch, progress_bar
+from ..train.meter import Metrics, Running, Stopwatch, note, progress_bar
 from ..train.optim import layer_groups
 from ..train.state import newest_checkpoint, save_checkpoint, sha256_file
 from .protocol import Optim
@@ -176,8 +176,7 @@ class Keeper(Hook):
                     f"it. Try a lower science.optim.lr, a longer warm-up, or precision 32"
                 )
             speed = self.watch.read(runner.train_loop.wait_s)
-            note = f"loss {means['loss']:.3f} {speed['images_per_s']:.1f} img/s wait {speed['data_wait']:.0%}"
-            self.bar.update(self.task, note=note)
+            self.bar.update(self.task, note=note(means["loss"], speed))
             if self.metrics:
                 self.metrics.write(run.steps, {"lr": self.lr, **means, **speed})
         self.bar.update(self.task, completed=run.steps)
