@@ -193,7 +193,8 @@ def decoded_crops(image: Image.Image, boxes: list[Box], size: int) -> list[Tenso
     """
     width, height = image.size
     least = min(side for box in boxes for side in box[2:])
-    image.draft(None, (math.ceil(width * size / least), math.ceil(height * size / least)))
+    if least >= 2 * size:
+        image.draft(None, (math.ceil(width * size / least), math.ceil(height * size / least)))
     shrunk = round(width / image.width)
     picture = image.convert("RGB")
     if shrunk == 1:
