@@ -94,7 +94,9 @@ def quickstart(
 
 
 Arch = Annotated[str | None, typer.Option("--arch", help="Such as vit_b16; `sslbench list archs`.")]
-Data = Annotated[str | None, typer.Option("--data", help="builtin, npz:PATH, folder:DIR, imagenet:DIR, or a name.")]
+Data = Annotated[
+    str | None, typer.Option("--data", help="builtin, npz:PATH, folder:DIR, imagenet:DIR, packed:DIR, a name.")
+]
 PretrainRecipe = Annotated[str | None, typer.Option("--recipe", help="Name or path; `sslbench list recipes`.")]
 Preset = Annotated[str | None, typer.Option("--preset", help="paper or official, where the two part.")]
 Epochs = Annotated[float | None, typer.Option("--epochs", min=0)]
@@ -344,7 +346,7 @@ def data_check(spec: str, as_json: Json = False) -> None:
 @data_app.command("pack")
 def data_pack(
     spec: str,
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The new folder; the set's name if left out.")] = None,
     size: Annotated[int, typer.Option(min=8, help="Pixels of the short side; smaller images stay as they are.")] = 256,
     as_json: Json = False,
 ) -> None:

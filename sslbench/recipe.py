@@ -144,7 +144,7 @@ def _packed_name(path: Path) -> str:
 
 def unpacked_name(name: str) -> str:
     """imagenet-256px -> imagenet"""
-    return re.sub(r"-\d+px$", "", name)
+    return re.sub(r"(-\d+px)+$", "", name)
 
 
 class Batch(BaseModel):

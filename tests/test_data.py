@@ -25,7 +25,8 @@ from sslbench.data.loader import MicroBatches, decoded_crops, evaluation_batches
 from sslbench.data.sources import FolderImages, MemoryImages, PackedImages, subset
 from sslbench.errors import RunFailed, UserError
 from sslbench.evaluate.features import both_splits
-from sslbench.recipe import data_name
+from sslbench.evaluate.run import scale_of
+from sslbench.recipe import choose, data_name
 
 
 def batches(data, first=0, last=4, **over):
@@ -171,8 +172,6 @@ def test_a_plan_knows_the_size_of_joined_sets_that_are_not_here():
 
 
 def test_a_class_list_makes_a_subset_with_its_own_name(image_folder, tmp_path):
-    from sslbench.recipe import data_name
-
     names = open_split(f"folder:{image_folder}", "train").classes
     listed = tmp_path / "imagenet100.txt"
     listed.write_text(f"{names[2]} its words\n\n{names[0]}\n")
@@ -340,6 +339,13 @@ def test_a_set_that_lives_in_memory_does_so_when_it_is_packed(invoke):
     assert done.exit_code == 0 and data_name("packed:small") == "builtin-16px", done.stderr
     small = open_split("packed:small", "val")
     assert small.fingerprint != open_split("builtin", "val").fingerprint and small.read(3).size == (16, 16)
+
+
+def test_a_shrunk_set_takes_its_originals_recipe_under_its_own_name(tmp_path):
+    (tmp_path / "pack.json").write_text('{"name": "imagenet-256px"}')
+    spec = f"packed:{tmp_path}"
+    assert choose("mae", None, spec) == choose("mae", None, "imagenet:x") != choose("mae", None, "folder:x")
+    assert data_name(spec) == "imagenet-256px" and scale_of("imagenet-256px", 224) == "paper"
 
 
 def test_evaluation_sees_the_same_pixels_of_a_pack_as_of_the_files(photographs, invoke):
