@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -28,26 +29,30 @@ def crop_boxes(
     torchvision's rule: area uniform in `scale`, aspect log-uniform in (3/4, 4/3), ten tries, then the largest
     central crop within the aspect range.
     """
-    h, w = size
-    draw = rand((4, batch, 10), generator, 1)
+    return place_boxes(rand((4, batch, 10), generator, 1), *size, scale)
+
+
+def place_boxes(
+    draw: Tensor, h: int | Tensor, w: int | Tensor, scale: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`crop_boxes` of draws (4, batch, 10) in 0..1. h, w: of all images, or of each, int64 (batch, 1)."""
     area = h * w * (scale[0] + draw[0] * (scale[1] - scale[0]))
     log_ratio = math.log(3 / 4) + draw[1] * (math.log(4 / 3) - math.log(3 / 4))
     widths, heights = (area * log_ratio.exp()).sqrt().round(), (area / log_ratio.exp()).sqrt().round()
     fits = (widths > 0) & (widths <= w) & (heights > 0) & (heights <= h)
     first = fits.int().argmax(1, keepdim=True)
-    box_w, box_h = widths.gather(1, first)[:, 0], heights.gather(1, first)[:, 0]
-    top = (draw[2, :, 0] * (h - box_h + 1)).floor()
-    left = (draw[3, :, 0] * (w - box_w + 1)).floor()
-    # The central fallback.
-    ratio = w / h
-    fall_w = w if ratio <= 4 / 3 else round(h * 4 / 3)
-    fall_h = h if ratio >= 3 / 4 else round(w / (3 / 4))
-    found = fits.any(1)
+    box_w, box_h = widths.gather(1, first), heights.gather(1, first)
+    top = (draw[2, :, :1] * (h - box_h + 1)).floor()
+    left = (draw[3, :, :1] * (w - box_w + 1)).floor()
+    # The central fallback; (8 x + 3) // 6 is 4/3 x, rounded.
+    lesser: Any = torch.minimum if isinstance(h, Tensor) else min
+    fall_w, fall_h = lesser(w, (8 * h + 3) // 6), lesser(h, (8 * w + 3) // 6)
+    found = fits.any(1, keepdim=True)
     return (
-        torch.where(found, top, (h - fall_h) // 2),
-        torch.where(found, left, (w - fall_w) // 2),
-        torch.where(found, box_h, fall_h),
-        torch.where(found, box_w, fall_w),
+        torch.where(found, top, (h - fall_h) // 2)[:, 0],
+        torch.where(found, left, (w - fall_w) // 2)[:, 0],
+        torch.where(found, box_h, fall_h)[:, 0],
+        torch.where(found, box_w, fall_w)[:, 0],
     )
 
 

