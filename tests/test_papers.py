@@ -2,16 +2,18 @@
 
 import io
 import re
+from ast import literal_eval
 
 import pytest
 from rich.console import Console
 from test_report import ALL_TABLES, METHODS, fields, pretrain, records
 
 from sslbench.evaluate.run import eval_recipe
+from sslbench.pretrain import compose
 from sslbench.recipe import digest
 from sslbench.report.missing import missing
 from sslbench.report.page import report
-from sslbench.report.papers import PAPERS, deviations, disagreements, read_paper, reported_beside_measured
+from sslbench.report.papers import PAPERS, deviations, disagreements, protocol_of, read_paper, reported_beside_measured
 
 
 def protocol(recipe="linprobe_mae", pool="cls", *sets):
@@ -229,3 +231,44 @@ def test_missing_lists_what_to_run_and_shrinks_with_what_was_run(home):
     left = missing(["ocl_t6"], records(at_paper_scale(67.5)), console)
     assert next(x for x in left if "mae --arch vit_b16" in x["pretrain"])["eval"] == [tune]
     assert missing(["ocl_t5"], [], console)[0]["pretrain"] == "sslbench ablate ocl_t5 --scale paper"
+
+
+# ------------------------------------------------------------------------------ the hyper-parameter tables of OCL
+
+KEY_OF = {"base_lr": "lr"}  # the paper's word -> the recipe's, where they differ
+DIFFER = {  # (table, arch, setting): what the recipe has instead of what is printed
+    ("ocl_t9", "vit_l16", "batch_size"): 2048,  # section 3, Tables 2 to 4 and the released code's notes say 2,048
+    ("ocl_t11", "vit_l16", "batch_size"): 16384,  # the released code's notes probe both archs with 16,384, as MAE does
+}
+
+
+def recipe_of(table, arch):
+    if table == "ocl_t9":
+        return compose("ocl", science={"arch": arch, "data": {"spec": "imagenet"}}).science
+    kind = "finetune" if table == "ocl_t10" else "linprobe"
+    _, name = protocol_of(
+        {"paper": "ocl", "method": "ocl", "metric": f"{kind}_top1", "arch": arch, "dataset": "imagenet"}
+    )
+    return eval_recipe(kind, name).science
+
+
+def test_the_recipes_have_the_settings_that_ocl_prints_but_for_those_known():
+    """lr_decay is in no recipe: every schedule of the suite is a cosine."""
+    differ, unstated = {}, set()
+    for table in ("ocl_t9", "ocl_t10", "ocl_t11"):
+        for _, line in read_paper(table).iterrows():
+            settings = recipe_of(table, line["arch"]).model_dump()
+            settings |= settings.pop("optim", {})
+            key = KEY_OF.get(line["metric"], line["metric"])
+            if key not in settings:
+                unstated.add((table, key))
+                continue
+            has, printed = settings[key], line["value"].lower()
+            alike = has == printed if isinstance(has, str) else has in (value := literal_eval(printed), [value])
+            if not alike:
+                differ[table, line["arch"], key] = has
+    assert differ == DIFFER
+    assert unstated == {(t, "lr_decay") for t in ("ocl_t9", "ocl_t10", "ocl_t11")} | {
+        (t, "optimizer")
+        for t in ("ocl_t9", "ocl_t10")  # always AdamW
+    }
