@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 from test_report import fields, pretrain, records
@@ -10,6 +12,8 @@ from test_report import fields, pretrain, records
 from sslbench import ledger
 from sslbench.errors import UserError
 from sslbench.report.compare import compare
+from sslbench.report.equal import alone, as_rows, equal, holm
+from sslbench.report.tables import summary, tables
 
 QUIET = Console(quiet=True)
 A, B = [40.0, 42.5, 41.0], [38.0, 41.5, 38.5]
@@ -73,3 +77,56 @@ def test_the_command_fits_80_columns(invoke, two_methods, tmp_path):
     assert answer["rows"][0]["seeds"] == [0, 1, 2]
     assert invoke("report", "--compare", "ocl", "nobody").exit_code == 2
     assert len(ledger.read()) == 8
+
+
+# ------------------------------------------------------------------------------------------------ at equal budgets
+
+
+def runs(method, epochs, seconds, flops, values, device="cpu"):
+    return [
+        fields(v, method, seed, pretrain=pretrain(recipe_hash=method, epochs=epochs), hardware={"device": device},
+               cost={**fields()["cost"], "wall_s": seconds, "device_hours": seconds / 3600, "flops": flops})
+        for seed, v in enumerate(values)
+    ]  # fmt: skip
+
+
+def equals(*of_methods):
+    (table,) = tables(records(*(f for method in of_methods for f in method), fields(29, "untrained")))
+    return table, equal(table)
+
+
+def test_only_equal_budgets_are_compared_and_the_rest_is_named(home):
+    table, (epochs, on_cpu, on_gpu, flops) = equals(
+        runs("ocl", 10, 100, 5e12, A), runs("mae", 10, 109, 9e12, B), runs("asl", 20, 300, 5.5e12, A),
+        runs("ccmim", 20, 100, None, A, "gpu"),
+    )  # fmt: skip
+    together = [[[row.label for row in g.rows] for g in e.groups] for e in (epochs, on_cpu, on_gpu, flops)]
+    assert together == [[["mae", "ocl"], ["asl", "ccmim"]], [["mae", "ocl"]], [], [["asl", "ocl"]]]
+    assert flops.alone == ["ccmim (none known)", "mae (9.0 TFLOP)"] and "asl (300 s)" in alone(on_cpu)
+    assert alone(epochs) == "" and "cpu" in on_cpu.title and on_cpu.groups[0].budget == "100 to 109 s"
+    assert summary(table) == ["Epochs differ, from 10 to 20: the table ranks no method."]
+
+
+def test_differences_are_those_of_scipys_paired_test_after_holm(home):
+    c = [30.0, 31.0, 35.0]
+    _, (epochs, *_) = equals(
+        runs("ocl", 10, 100, 5e12, A), runs("mae", 10, 100, 5e12, B), runs("asl", 10, 100, 5e12, c)
+    )
+    (group,) = epochs.groups
+    header, rows = as_rows(group)
+    assert header == ["10 ep", "k-NN, cls"] and [row[0] for row in rows] == [
+        "asl", "mae", "ocl", "asl - mae", "asl - ocl", "mae - ocl"
+    ]  # fmt: skip
+    ps = [stats.ttest_rel(x, y).pvalue for x, y in ((c, B), (c, A), (B, A))]
+    first, second, third = sorted(ps)
+    corrected = [3 * first, max(3 * first, 2 * second), max(3 * first, 2 * second, third)]
+    assert [row[1].split("p ")[1] for row in rows[3:]] == [f"{corrected[sorted(ps).index(p)]:.2g}" for p in ps]
+    assert rows[5][1].startswith("-1.8 ± 1.9")
+
+
+@given(st.lists(st.floats(0, 1), max_size=6))
+def test_holm_keeps_the_order_and_never_lowers_a_p(ps):
+    out = holm(dict(enumerate(ps)))
+    assert all(p <= out[i] <= 1 for i, p in enumerate(ps))
+    assert all(out[i] <= out[j] for i, p in enumerate(ps) for j, q in enumerate(ps) if p < q)
+    assert out == {} or min(out.values()) == min(1, len(ps) * min(ps))

@@ -15,6 +15,7 @@ from ..ledger import Record
 from ..paths import home
 from ..train.state import write_atomically
 from . import figures
+from .equal import EQUAL, alone, equal
 from .papers import (
     PAPERS,
     Deviation,
@@ -189,7 +190,23 @@ def _html_measured(t: Table, files: dict[str, bytes], i: int) -> str:
         if svg := files.get(f"figures/{name}_{i}.svg", b"").decode():
             drawing = f'<div role="img" aria-label="{what}">{svg[svg.index("<svg") :]}</div>'
             pictures += f"<figure><figcaption>{what}</figcaption>{drawing}</figure>"
-    return f'<h2>{escape(t.title)}</h2><ul>{leads}</ul>{_html_table(t)}<div class="figures">{pictures}</div>'
+    shown = f'{_html_table(t)}<div class="figures">{pictures}</div>{_html_equal(t)}'
+    return f"<h2>{escape(t.title)}</h2><ul>{leads}</ul>{shown}"
+
+
+def _html_equal(t: Table) -> str:
+    found = equal(t)
+    parts = [f'<h3>At equal budgets</h3><p class="soft">{_prose(EQUAL)}</p>'] if found else []
+    for e in found:
+        parts.append(f"<h4>{escape(e.title)}</h4>")
+        for group in e.groups:
+            head = "".join(f"<th>{escape(h)}</th>" for h in [group.budget, *group.columns])
+            rows = [[row.label, *(_html_cell(row.cells.get(c)) for c in group.columns)] for row in group.rows]
+            rows += [[pair, *(f"<td>{escape(x)}</td>" for x in texts.values())] for pair, texts in group.pairs]
+            lines = "".join(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>" for name, *cells in rows)
+            parts.append(f'<div class="scroll"><table><tr>{head}</tr>{lines}</table></div>')
+        parts.append(f'<p class="soft">{escape(alone(e))}</p>' if e.alone else "")
+    return "".join(parts)
 
 
 def _html_provenance(all_tables: list[Table]) -> list[str]:

@@ -46,18 +46,29 @@ class Row:
         return next(iter(self.cells.values())).records[0]
 
     def wall_s(self) -> float | None:
-        """Seconds of pre-training, mean over seeds. A record's cost has its evaluation in it: the least is nearest."""
-        by_seed: dict[int, float] = {}
-        for r in self._pretrained():
-            by_seed[r.seed] = min(r.cost.wall_s, by_seed.get(r.seed, r.cost.wall_s))
-        return fmean(by_seed.values()) if by_seed else None
+        """Seconds of pre-training, mean over seeds."""
+        return self._cost("wall_s")
+
+    def device_s(self) -> float | None:
+        """Seconds of pre-training times devices, mean over seeds."""
+        hours = self._cost("device_hours")
+        return None if hours is None else 3600 * hours
 
     def flops(self) -> float | None:
         """FLOPs of pre-training, mean over seeds."""
+        return self._cost("flops")
+
+    def hardware(self) -> set[str]:
+        """What its runs trained on: devices, their number, threads, precision. Times on two of these do not compare."""
+        return {f"{h['devices']} x {h['device']}, {h.get('threads')} threads, precision {h.get('precision')}"
+                for r in self._pretrained() for h in [{"devices": 1, **r.hardware}]}  # fmt: skip
+
+    def _cost(self, what: str) -> float | None:
+        """Mean over seeds. A record's cost has its evaluation in it: of the records of a seed the least is nearest."""
         by_seed: dict[int, float] = {}
         for r in self._pretrained():
-            if r.cost.flops:
-                by_seed[r.seed] = min(r.cost.flops, by_seed.get(r.seed, r.cost.flops))
+            if value := getattr(r.cost, what):
+                by_seed[r.seed] = min(value, by_seed.get(r.seed, value))
         return fmean(by_seed.values()) if by_seed else None
 
     def _pretrained(self) -> list[Record]:
@@ -198,8 +209,18 @@ def cell_of(records: list[Record]) -> Cell:
 
 
 def summary(table: Table) -> list[str]:
-    """A sentence a column: who leads, by how much, and whether that is more than noise."""
-    return [f"{column}: {lead}." for column in table.columns if (lead := _lead(table, column))]
+    """A sentence a column: who leads, by how much, and whether that is more than noise.
+
+    Of methods that trained for different numbers of epochs none is said to lead: equal.py compares those that may be.
+    """
+    epochs = sorted({row.first.pretrain.epochs or 0.0 for row in table.trained})
+    fair = len(epochs) < 2
+    said = [f"{c}: {lead}." for c in table.columns if (lead := _lead(table, c)) and (fair or NONE_ABOVE in lead)]
+    unfair = f"Epochs differ, from {epochs[0]:.4g} to {epochs[-1]:.4g}: the table ranks no method." if not fair else ""
+    return [unfair, *said] if unfair else said
+
+
+NONE_ABOVE = "no method is above the untrained ViT"
 
 
 def _lead(table: Table, column: str) -> str:
@@ -210,7 +231,7 @@ def _lead(table: Table, column: str) -> str:
     first, second = ranked[:2]
     a, b = first.cells[column], second.cells[column]
     if first.method == UNTRAINED:
-        return f"no method is above the untrained ViT's {a} %"
+        return f"{NONE_ABOVE}'s {a} %"
     gap = a.value - b.value
     lead = f"{first.label} leads with {a} %, {gap:.1f} points above {second.label}"
     if a.half is None or b.half is None:

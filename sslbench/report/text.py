@@ -7,6 +7,7 @@ import io
 import re
 from dataclasses import dataclass
 
+from .equal import EQUAL, alone, as_rows, equal
 from .papers import PAPERS, Deviation, Disagreement, PaperTable
 from .tables import Cell, Row, Table, summary
 
@@ -72,6 +73,10 @@ def markdown(c: Content) -> str:
     parts = [f"# {c.title}", *c.notes, HOW if c.main else NOTHING]
     for t in c.main:
         parts += [f"## {t.title}", "\n".join(f"* {line}" for line in summary(t)), _grid(*measured(t))]
+        found = equal(t)
+        parts += ["### At equal budgets", EQUAL] if found else []
+        for e in found:
+            parts += [f"#### {e.title}", *(_grid(*as_rows(group)) for group in e.groups), alone(e)]
     parts += ["## The papers' tables, reported | measured", BESIDE] if c.beside else []
     for paper, title in PAPERS.items():
         its = [t for t in c.beside if t.name.startswith(f"{paper}_")]
