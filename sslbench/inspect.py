@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import textwrap
 from dataclasses import dataclass
 from html import escape
@@ -46,7 +47,7 @@ class Column:
 
 
 def inspect(run: str | None, spec: str | None, images: int, out: Path | None, console: Console) -> dict[str, Any]:
-    """Write inspect.html and inspect.png into `out`, or into RUN/inspect/. Returns where, and the token similarity."""
+    """Write inspect.{html,png,json} into `out`, or into RUN/inspect/. Returns where, and the token similarity."""
     if run is None:
         run = str(newest_run())
         console.print(f"the newest finished run: {run}")
@@ -61,7 +62,13 @@ def inspect(run: str | None, spec: str | None, images: int, out: Path | None, co
     folder = out or (subject.path.parent / "inspect" if subject.path else home() / "results" / "inspect")
     png = draw(columns)
     page = write_page(subject, method, data, similar, columns, png)
-    for name, content in (("inspect.png", png), ("inspect.html", page.encode())):
+    found = {
+        "token_similarity": similar.mean().item(),
+        "token_similarity_std": similar.std(correction=0).item(),
+        "n": len(similar),
+    }
+    contents = {"inspect.png": png, "inspect.html": page.encode(), "inspect.json": json.dumps(found).encode()}
+    for name, content in contents.items():
         write_atomically(folder / name, content)
     console.print(f"token similarity {similar.mean():.3f} +- {similar.std(correction=0):.3f}, n={len(similar)}")
     console.print(str(folder / "inspect.html"), markup=False)
@@ -69,9 +76,7 @@ def inspect(run: str | None, spec: str | None, images: int, out: Path | None, co
         "run": str(subject.path.parent if subject.run and subject.path else run),
         "page": str(folder / "inspect.html"),
         "picture": str(folder / "inspect.png"),
-        "token_similarity": similar.mean().item(),
-        "token_similarity_std": similar.std(correction=0).item(),
-        "n": len(similar),
+        **found,
         "data": data.name,
         "split": data.split,
         "method": subject.method,

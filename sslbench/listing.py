@@ -63,17 +63,23 @@ def _recipes() -> list[dict[str, Any]]:
 
 
 def _archs() -> list[dict[str, Any]]:
+    from .vit import ARCHS
+
+    return [
+        {"arch": name, "blocks": a.depth, "dim": a.dim, "heads": a.heads, "patch": a.patch, "image": a.image,
+         "parameters": parameters(name)}
+        for name, a in ARCHS.items()
+    ]  # fmt: skip
+
+
+def parameters(arch: str) -> int:
+    """Of the encoder."""
     import torch
 
-    from .vit import ARCHS, VisionTransformer, count_parameters
+    from .vit import VisionTransformer, count_parameters, get_arch
 
-    rows = []
-    for name, a in ARCHS.items():
-        with torch.device("meta"):
-            n = count_parameters(VisionTransformer(a))
-        rows.append({"arch": name, "blocks": a.depth, "dim": a.dim, "heads": a.heads, "patch": a.patch,
-                     "image": a.image, "parameters": n})  # fmt: skip
-    return rows
+    with torch.device("meta"):
+        return count_parameters(VisionTransformer(get_arch(arch)))
 
 
 def _tables() -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
 """The report: hand-computed cells, protocols apart, no number lost, the same bytes twice, nothing fetched."""
 
 import csv
+import json
 import re
 from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from rich.console import Console
 
@@ -14,6 +16,7 @@ from sslbench import ledger
 from sslbench.errors import UserError
 from sslbench.report import figures
 from sslbench.report.page import report, write_page
+from sslbench.report.paper_figures import curves, paper_figures
 from sslbench.report.papers import paper_tables
 from sslbench.report.tables import summary, tables
 
@@ -235,25 +238,78 @@ def test_a_label_that_has_room_stands_at_its_point(drawn):
     assert figures._spread(wanted, heights, -0.05, 1.05) == pytest.approx(wanted)
 
 
+@pytest.fixture
+def overlap(monkeypatch):
+    """overlap(figure): its texts, after a look that no two of them overlap and all are inside."""
+
+    def look(figure):
+        boxes = {}
+
+        def draw(self, renderer):
+            if self.get_visible() and self.get_text():
+                boxes[self] = Text.get_window_extent(self, renderer)  # an annotation's own extent has its arrow in it
+
+        monkeypatch.setattr(Text, "draw", draw)
+        figures.picture(figure, "png")
+        seen = [(text.get_text(), box) for text, box in boxes.items()]
+        for (a, box), (b, other) in combinations(seen, 2):
+            assert not box.overlaps(other), (a, b)
+        width, height = figure.get_size_inches() * 160
+        for text, box in seen:
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
+        return [text for text, _ in seen]
+
+    return look
+
+
 @pytest.mark.parametrize("figure", [figures.accuracy, figures.compute])
 @pytest.mark.parametrize(("seeds", "recipes"), [(1, [""]), (3, [""]), (1, ["one", "another"])])
-def test_no_two_texts_of_a_figure_overlap_and_all_are_inside_it(home, figure, seeds, recipes, monkeypatch):
+def test_no_two_texts_of_a_figure_overlap_and_all_are_inside_it(home, figure, seeds, recipes, overlap):
     (table,) = tables([r for recipe in recipes for r in quickstart_records(seeds, recipe)])
-    drawn, boxes = figure(table), {}
+    seen = overlap(figure(table))
+    assert all(sum(text.startswith(method) for text in seen) >= 2 * len(recipes) for method in METHODS)
 
-    def draw(self, renderer):
-        if self.get_visible() and self.get_text():
-            boxes[self] = Text.get_window_extent(self, renderer)  # an annotation's own extent has its arrow in it
 
-    monkeypatch.setattr(Text, "draw", draw)
-    figures.picture(drawn, "png")
-    seen = [(text.get_text(), box) for text, box in boxes.items()]
-    assert all(sum(text.startswith(method) for text, _ in seen) >= 2 * len(recipes) for method in METHODS)
-    for (a, box), (b, other) in combinations(seen, 2):
-        assert not box.overlaps(other), (a, b)
-    width, height = drawn.get_size_inches() * 160
-    for text, box in seen:
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
+def test_the_papers_figures_without_run_folders_have_what_is_printed_and_say_what_to_run(home, tmp_path, overlap):
+    rows = quickstart_records()
+    found = {f.name: f for f in paper_figures(tables(rows))}
+    texts = {name: overlap(f.figure) for name, f in found.items() if f.figure}
+    assert {"batch 2048", "batch 512", "ocl", "mocov3"} <= {*texts["ocl_fig3"]}
+    assert {"mae 67.8", "iBOT 79.5"} <= {*texts["asl_fig1"]} and {"41.1", "67.4"} <= {*texts["ccmim_fig3"]}
+    for name, command in {"ocl_fig3": "ablate ocl_t3", "asl_fig1": "inspect", "ccmim_fig2": "ablate ccmim_f2",
+                          "ccmim_fig3": "ablate ccmim_t5", "macrl_fig3": "inspect"}.items():  # fmt: skip
+        assert command in found[name].missing[0]
+    write_page(rows, tmp_path / "out", papers=True)
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("Not measured. To measure: <code>sslbench") == 5 and page.count("<svg") == 2 + len(texts)
+
+
+def test_curves_similarity_and_attention_are_those_of_the_run_folders(home, tmp_path, overlap):
+    for method in METHODS:
+        folder = tmp_path / "runs" / method / "inspect"
+        folder.mkdir(parents=True)
+        lines = [{"step": i, "epoch": i / 2, "loss": 3 - i, "recon": 1 - i / 4} for i in range(3)]
+        (folder.parent / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (folder / "inspect.json").write_text('{"token_similarity": 0.75, "token_similarity_std": 0.1, "n": 8}')
+        (folder / "inspect.png").write_bytes(figures.picture(Figure(), "png"))
+    recipes = {"ccmim": ["paper", "paper+contrast_weight=0.5", "paper+divide=random"]}
+    rows = records(*(
+        fields(30 + i + j, m, preset=preset, metric="linprobe_top1", protocol={"name": "linprobe_cls", "hash": "l"},
+               pretrain=pretrain(recipe_hash=m + preset, run=m))
+        for i, m in enumerate(METHODS) for j, preset in enumerate(recipes.get(m, ["paper"]))
+    ))  # fmt: skip
+    (table,) = tables(rows)
+    assert {*METHODS} - {"ccmim"} <= {*overlap(curves(table))}
+    found = {f.name: f for f in paper_figures([table])}
+    for f in found.values():
+        assert f.missing == (["sslbench ablate ocl_t3 --scale paper"] if f.name == "ocl_fig3" else [])
+    sweep = next(c[0] for c in found["ccmim_fig2"].figure.axes[0].containers)
+    assert sweep.get_xydata().tolist() == [[0.2, 31.0], [0.5, 32.0]]
+    assert {"31.0", "33.0", "random"} <= {*overlap(found["ccmim_fig3"].figure)}
+    assert [line.get_xdata()[0] for line in found["asl_fig1"].figure.axes[1].lines] == [0.75] * 8
+    assert [*found["macrl_fig3"].pictures] == ["macrl", "mae", "mocov3"]
+    write_page(rows, tmp_path / "out", papers=True)
+    assert (tmp_path / "out/report.html").read_text().count('src="data:image/png;base64,') == 3
 
 
 def test_flops_and_seconds_never_share_an_axis(home):

@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, Formatter, NullLocator
 from scipy.optimize import isotonic_regression
 
 from .tables import Row, Table
@@ -42,7 +42,7 @@ def accuracy(table: Table) -> Figure | None:
     if not rows:
         return None
     columns = _measured(table, rows)
-    labels = [_label(row) for row in rows]
+    labels = [label_of(row) for row in rows]
     tall = 0.15 + LINE * max(label.count("\n") + 1 for label in labels)
     across = min(2, len(columns))
     down = -(-len(columns) // across)
@@ -53,7 +53,7 @@ def accuracy(table: Table) -> Figure | None:
             _untrained(axis, table, column, axis.axvline, axis.axvspan)
             for y, row in enumerate(rows):
                 if cell := row.cells.get(column):
-                    axis.errorbar(cell.value, y, xerr=cell.half, fmt="o", color=_colour(y), capsize=3)
+                    axis.errorbar(cell.value, y, xerr=cell.half, fmt="o", color=colour_of(y), capsize=3)
                     axis.annotate(f"{cell.value:.1f}", (cell.value, y), (0, 4), textcoords="offset points",
                                   ha="center", fontsize=8, bbox=BACKING, zorder=1.5)  # fmt: skip
             axis.set_title(_plain(column))
@@ -77,44 +77,40 @@ def compute(table: Table) -> Figure | None:
     columns = _measured(table, rows)
     counted = all(row.flops() for row in rows)
     costs = [(row.flops() if counted else row.wall_s()) or 1.0 for row in rows]
-    ticks = _ticks(costs)
     with mpl.rc_context(STYLE):
-        tall = 0.45 + max(0.9, LINE * sum(_label(row).count("\n") + 1 for row in rows))
+        tall = 0.45 + max(0.9, LINE * sum(label_of(row).count("\n") + 1 for row in rows))
         figure = Figure(figsize=(WIDTH, 0.4 + len(columns) * tall), layout="constrained")
         panels = figure.subplots(len(columns), 1, sharex=True, squeeze=False)[:, 0]
         for axis, column in zip(panels, columns, strict=True):
             _untrained(axis, table, column, axis.axhline, axis.axhspan)
             for i, (row, cost) in enumerate(zip(rows, costs, strict=True)):
                 if cell := row.cells.get(column):
-                    axis.errorbar(cost, cell.value, yerr=cell.half, fmt="o", capsize=3, color=_colour(i))
+                    axis.errorbar(cost, cell.value, yerr=cell.half, fmt="o", capsize=3, color=colour_of(i))
             axis.margins(y=0.1)
-            axis.set_xscale("log")
-            axis.set_xlim(ticks[0], ticks[-1])
-            axis.set_xticks(ticks if len(ticks) <= 6 else [t for t in ticks if math.log10(t).is_integer()])
-            axis.xaxis.set_major_formatter(EngFormatter())
-            axis.xaxis.set_minor_locator(NullLocator())
+            log_costs(axis, costs, EngFormatter())
             axis.set_title(f"{_plain(column)}, %")
         unit = "FLOP" if counted else "seconds"
         figure.supxlabel(f"{unit} of pre-training{DASHED * bool(table.base)}", fontsize=9)
         figure.draw_without_rendering()  # lays the panels out: their heights are known from here
         for axis, column in zip(panels, columns, strict=True):
-            _name_points(axis, rows, costs, column)
+            marks = zip(rows, costs, map(colour_of, range(len(rows))), strict=True)
+            name_points(axis, [(x, r.cells[column].value, label_of(r), c) for r, x, c in marks if column in r.cells])
     return figure
 
 
-def _name_points(axis: Axes, rows: list[Row], costs: list[float], column: str) -> None:
-    """Labels in the right margin, in the points' order, each tied to its point: near points stay legible."""
-    shown = [i for i, row in enumerate(rows) if column in row.cells]
-    shown.sort(key=lambda i: rows[i].cells[column].value)
-    values = [rows[i].cells[column].value for i in shown]
+def name_points(axis: Axes, points: list[tuple[float, float, str, str]]) -> None:
+    """Labels in the right margin of a figure whose layout is known, in the points' order, each tied to its point: near
+    points stay legible. points: (x, y, label, colour).
+    """
+    shown = sorted(points, key=lambda p: (p[1], p[2]))
     low, high = axis.get_ylim()
     inches = axis.bbox.height / axis.figure.dpi
-    heights = [LINE / inches * (_label(rows[i]).count("\n") + 1) for i in shown]
-    centres = _spread([(v - low) / (high - low) for v in values], heights, -0.05, 1.05)
-    for i, value, y in zip(shown, values, centres, strict=True):
-        axis.annotate(_label(rows[i]), (costs[i], value), (1.04, y), xycoords="data", textcoords="axes fraction",
+    heights = [LINE / inches * (label.count("\n") + 1) for _, _, label, _ in shown]
+    centres = _spread([(y - low) / (high - low) for _, y, _, _ in shown], heights, -0.05, 1.05)
+    for (x, value, label, colour), y in zip(shown, centres, strict=True):
+        axis.annotate(label, (x, value), (1.04, y), xycoords="data", textcoords="axes fraction",
                       va="center", fontsize=9, color="#222222", linespacing=0.95, zorder=1,
-                      arrowprops={"arrowstyle": "-", "color": _colour(i), "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4,
+                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4,
                                   "relpos": (0, 0.5)})  # fmt: skip
 
 
@@ -143,6 +139,16 @@ def _untrained(axis: Axes, table: Table, column: str, line: Any, span: Any) -> N
             span(cell.value - cell.half, cell.value + cell.half, color=GREY, alpha=0.15, linewidth=0, zorder=0)
 
 
+def log_costs(axis: Axes, costs: list[float], formatter: Formatter) -> None:
+    """The x axis of costs: logarithmic, with a label on either side of them."""
+    ticks = _ticks(costs)
+    axis.set_xscale("log")
+    axis.set_xlim(ticks[0], ticks[-1])
+    axis.set_xticks(ticks if len(ticks) <= 6 else [t for t in ticks if math.log10(t).is_integer()])
+    axis.xaxis.set_major_formatter(formatter)
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
 def _ticks(costs: list[float]) -> list[float]:
     """1, 2 and 5 of each power of ten, from the last well below the costs to the first well above."""
     steps = [m * 10.0**e for e in range(math.floor(math.log10(min(costs))) - 1, math.ceil(math.log10(max(costs))) + 2)
@@ -152,11 +158,11 @@ def _ticks(costs: list[float]) -> list[float]:
     return [s for s in steps if below <= s <= above]
 
 
-def _colour(i: int) -> str:
+def colour_of(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 
-def _label(row: Row) -> str:
+def label_of(row: Row) -> str:
     """The row's label in lines of at most 18 letters."""
     return _plain("\n".join(textwrap.wrap(row.label, 18)))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import re
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from .. import ledger
@@ -16,6 +19,7 @@ from ..paths import home
 from ..train.state import write_atomically
 from . import figures
 from .equal import EQUAL, alone, equal
+from .paper_figures import PaperFigure, curves, paper_figures
 from .papers import (
     PAPERS,
     Deviation,
@@ -28,10 +32,29 @@ from .papers import (
 )
 from .tables import MAIN_METRICS, Cell, Table, summary, tables
 from .terminal import show
-from .text import BESIDE, COST_HEADS, DEVIATE, DISAGREE, HOW, NOTHING, Content, as_csv, cost, latex, markdown
+from .text import (
+    BESIDE,
+    COST_HEADS,
+    DEVIATE,
+    DISAGREE,
+    FIGURES,
+    HOW,
+    NOTHING,
+    Content,
+    as_csv,
+    cost,
+    latex,
+    markdown,
+    missing_text,
+)
 
 FORMATS = ("html", "md", "csv", "tex")
 TITLE = "sslbench report"
+DRAWN: dict[str, tuple[Callable[[Table], Figure | None], str]] = {
+    "accuracy": (figures.accuracy, "Accuracy by protocol"),
+    "compute": (figures.compute, "Accuracy against compute"),
+    "curves": (curves, "Training curves"),
+}
 
 
 def report(names: list[str], out: Path | None, formats: str, console: Console) -> dict[str, Any]:
@@ -62,15 +85,19 @@ def write_page(
     main = tables(records)
     other = tables(records, tuple({r.metric for r in records} - {*MAIN_METRICS}))
     beside = [reported_beside_measured(name, records) for name in paper_tables()] if papers else []
-    content = Content(
-        title, notes or [], main, other, beside, disagreements() if papers else [], deviations() if papers else []
-    )
-    files: dict[str, bytes] = {}
+    content = Content(title, notes or [], main, other, beside)
+    if papers:
+        content.figures, content.disagreements, content.deviations = paper_figures(main), disagreements(), deviations()
+    drawn: dict[str, Figure | None] = {f.name: f.figure for f in content.figures}
     for i, t in enumerate(main, 1):
-        for name, figure in (("accuracy", figures.accuracy(t)), ("compute", figures.compute(t))):
-            for kind in ("svg", "png"):
-                if figure is not None:
-                    files[f"figures/{name}_{i}.{kind}"] = figures.picture(figure, kind)
+        drawn |= {f"{name}_{i}": draw(t) for name, (draw, _) in DRAWN.items()}
+    files = {
+        f"figures/{name}.{kind}": figures.picture(figure, kind)
+        for name, figure in drawn.items()
+        for kind in ("svg", "png")
+        if figure is not None
+    }
+    files |= {f"figures/{f.name}_{m}.png": png for f in content.figures for m, png in f.pictures.items()}
     if "html" in wanted:
         files["report.html"] = _html(content, files).encode()
     if "md" in wanted:
@@ -128,6 +155,7 @@ def _html(c: Content, files: dict[str, bytes]) -> str:
     how = f"{_prose(HOW)} A number opens its provenance." if c.main else _prose(NOTHING)
     body.append(f'<p class="soft">{how}</p>')
     body += [_html_measured(t, files, i) for i, t in enumerate(c.main, 1)]
+    body += _html_paper_figures(c.figures, files)
     if c.other:
         inner = "".join(f"<h3>{escape(t.title)}</h3>{_html_table(t)}" for t in c.other)
         body.append(f"<details><summary>Other numbers</summary>{inner}</details>")
@@ -186,12 +214,33 @@ def _html_measured(t: Table, files: dict[str, bytes], i: int) -> str:
     """Who leads, the table, and its pictures side by side where the page is wide."""
     leads = "".join(f"<li>{_prose(line)}</li>" for line in summary(t))
     pictures = ""
-    for name, what in (("accuracy", "Accuracy by protocol"), ("compute", "Accuracy against compute")):
-        if svg := files.get(f"figures/{name}_{i}.svg", b"").decode():
-            drawing = f'<div role="img" aria-label="{what}">{svg[svg.index("<svg") :]}</div>'
-            pictures += f"<figure><figcaption>{what}</figcaption>{drawing}</figure>"
+    for name, (_, what) in DRAWN.items():
+        if svg := files.get(f"figures/{name}_{i}.svg"):
+            pictures += f"<figure><figcaption>{what}</figcaption>{_html_svg(svg, what)}</figure>"
     shown = f'{_html_table(t)}<div class="figures">{pictures}</div>{_html_equal(t)}'
     return f"<h2>{escape(t.title)}</h2><ul>{leads}</ul>{shown}"
+
+
+def _html_svg(svg: bytes, what: str) -> str:
+    text = svg.decode()
+    return f'<div role="img" aria-label="{escape(what)}">{text[text.index("<svg") :]}</div>'
+
+
+def _html_paper_figures(found: list[PaperFigure], files: dict[str, bytes]) -> list[str]:
+    parts = (
+        [f'<h2>The papers\' figures</h2><p class="soft">{_prose(FIGURES)}</p><div class="figures">'] if found else []
+    )
+    for f in found:
+        drawing = _html_svg(svg, f.title) if (svg := files.get(f"figures/{f.name}.svg")) else ""
+        for method, png in f.pictures.items():
+            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            drawing += f'<div class="scroll"><img alt="{escape(f.title)}: {escape(method)}" src="{source}"></div>'
+        run = f"<p>{_prose(missing_text(f))}</p>" if f.missing else ""
+        parts.append(
+            f"<figure><figcaption>{escape(f.title)}</figcaption>{drawing}"
+            f'<div class="soft"><p>{_prose(f.caption)}</p>{run}</div></figure>'
+        )
+    return [*parts, "</div>"]
 
 
 def _html_equal(t: Table) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .equal import EQUAL, alone, as_rows, equal
+from .paper_figures import PaperFigure
 from .papers import PAPERS, Deviation, Disagreement, PaperTable
 from .tables import Cell, Row, Table, summary
 
@@ -20,6 +21,10 @@ BESIDE = (
     "As printed; `-` where the paper prints no number. After the bar, what was measured with the same method, arch, "
     "data, metric and protocol, and in brackets its difference to the printed number; where its epochs are not the "
     "paper's, it says so."
+)
+FIGURES = (
+    "What is printed and what was measured, drawn anew. Curves, attention and token similarity come from the run "
+    "folders that are still under `runs/`."
 )
 DISAGREE = (
     "What is printed in one place of a paper and contradicted in another, or by another of these papers. The tables "
@@ -37,8 +42,9 @@ class Content:
     main: list[Table]
     other: list[Table]  # of metrics that are not the usual three
     beside: list[PaperTable]
-    disagreements: list[Disagreement]
-    deviations: list[Deviation]
+    figures: list[PaperFigure] = field(default_factory=list)
+    disagreements: list[Disagreement] = field(default_factory=list)
+    deviations: list[Deviation] = field(default_factory=list)
 
 
 def cost(row: Row) -> list[str]:
@@ -77,6 +83,11 @@ def markdown(c: Content) -> str:
         parts += ["### At equal budgets", EQUAL] if found else []
         for e in found:
             parts += [f"#### {e.title}", *(_grid(*as_rows(group)) for group in e.groups), alone(e)]
+    parts += ["## The papers' figures", FIGURES] if c.figures else []
+    for f in c.figures:
+        names = [f.name] if f.figure else [f"{f.name}_{method}" for method in f.pictures]
+        pictures = [f"![{f.title}](figures/{name}.png)" for name in names]
+        parts += [f"### {f.title}", *pictures, f.caption, missing_text(f)]
     parts += ["## The papers' tables, reported | measured", BESIDE] if c.beside else []
     for paper, title in PAPERS.items():
         its = [t for t in c.beside if t.name.startswith(f"{paper}_")]
@@ -92,6 +103,10 @@ def markdown(c: Content) -> str:
         settings = _grid(["setting", *d.presets], d.settings) if d.settings else ""
         parts += [f"### {d.method}", f"```text\n{d.head}\n```", settings]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def missing_text(f: PaperFigure) -> str:
+    return f"Not measured. To measure: {', '.join(f'`{command}`' for command in f.missing)}" if f.missing else ""
 
 
 def measured(t: Table) -> tuple[list[str], list[list[str]]]:
