@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
 from itertools import combinations, pairwise
 
 import pytest
@@ -281,7 +283,9 @@ def test_the_papers_figures_without_run_folders_have_what_is_printed_and_say_wha
         assert command in found[name].missing[0]
     write_page(rows, tmp_path / "out", papers=True)
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("Not measured. To measure: <code>sslbench") == 5 and page.count("<svg") == 2 + len(texts)
+    assert page.count("Not measured yet; what measures it: <code>sslbench") == 5 and page.count("<svg") == 2 + len(
+        texts
+    )
 
 
 def test_curves_similarity_and_attention_are_those_of_the_run_folders(home, tmp_path, overlap):
@@ -330,3 +334,45 @@ def test_latex_escapes_what_it_must(home, tmp_path):
     text = (tmp_path / "report.tex").read_text()
     assert r"a\_b\&c\%" in text and r"$\pm$" in text and "±" not in text
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1 + len(ALL_TABLES)
+
+
+# ---------------------------------------------------------------------------------------------------------- a browser
+
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=3000",
+         "--host-resolver-rules=MAP * ~NOTFOUND"]  # fmt: skip
+WIDTHS = (1300, 390)
+TELL = """<script>onload = () => {
+  for (const d of document.querySelectorAll("details")) d.open = true;
+  const page = document.documentElement, fetched = performance.getEntriesByType("resource").map(r => r.name);
+  parent.postMessage([innerWidth, page.scrollWidth - page.clientWidth, fetched], "*");
+}</script>"""
+FRAMES = "".join(f'<iframe src="page.html" width="{w}" height="800" style="border: 0"></iframe>' for w in WIDTHS)
+LISTEN = (
+    "<script>const seen = []; onmessage = e => { seen.push(e.data); document.title = JSON.stringify(seen); }</script>"
+)
+
+
+def browse(folder, page):
+    """(what the console said, [width, pixels that do not fit, what was fetched] at each of WIDTHS, all unfolded)."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    (folder / "page.html").write_text(page + TELL)
+    (folder / "frames.html").write_text(f"<title></title>{LISTEN}{FRAMES}")
+    command = [chromium, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", folder / "frames.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return said, sorted(json.loads(re.search("<title>(.*?)</title>", done.stdout)[1]), reverse=True)
+
+
+def test_the_page_renders_in_a_browser_without_errors_requests_or_sideways_scrolling(home, tmp_path):
+    write_page(quickstart_records(3), tmp_path / "out", papers=True)
+    assert browse(tmp_path, (tmp_path / "out/report.html").read_text()) == ([], [[w, 0, []] for w in WIDTHS])
+
+
+def test_the_browser_would_have_told(tmp_path):
+    image = "http://example.com/x.png"
+    bad = f'<img src="{image}"><div style="width: 500px">wide</div><script>nothing()</script>'
+    said, ((_, fits, fetched), (_, wide, _)) = browse(tmp_path, bad)
+    assert "ReferenceError" in said[0] and fits == 0 and wide > 100 and fetched == [image]

@@ -138,6 +138,7 @@ tr.base { color: var(--soft); } td a { color: inherit; text-decoration-color: va
 .gain { color: var(--soft); font-size: .85em; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
 figure { margin: .5rem 0; padding: .5rem; box-sizing: border-box; max-width: 100%; }
+.papers figure { flex: 1 1 24rem; max-width: 34rem; }
 figcaption { font-weight: 600; margin-bottom: .3rem; } figure svg { max-width: 100%; height: auto; display: block; }
 th.key, td.key { text-align: left; } .paper th, .paper td { white-space: normal; }
 .paper td:not(.key) { min-width: 5rem; } ul.notes { list-style: none; padding: 0; }
@@ -227,9 +228,10 @@ def _html_svg(svg: bytes, what: str) -> str:
 
 
 def _html_paper_figures(found: list[PaperFigure], files: dict[str, bytes]) -> list[str]:
-    parts = (
-        [f'<h2>The papers\' figures</h2><p class="soft">{_prose(FIGURES)}</p><div class="figures">'] if found else []
-    )
+    if not found:
+        return []
+    title = f'<h2>The papers\' figures</h2><p class="soft">{_prose(FIGURES)}</p>'
+    parts = [title, '<div class="figures papers">']
     for f in found:
         drawing = _html_svg(svg, f.title) if (svg := files.get(f"figures/{f.name}.svg")) else ""
         for method, png in f.pictures.items():

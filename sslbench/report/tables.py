@@ -60,7 +60,7 @@ class Row:
 
     def hardware(self) -> set[str]:
         """What its runs trained on: devices, their number, threads, precision. Times on two of these do not compare."""
-        return {f"{h['devices']} x {h['device']}, {h.get('threads')} threads, precision {h.get('precision')}"
+        return {f"{h['devices']} x {h['device']}, threads {h.get('threads')}, precision {h.get('precision')}"
                 for r in self._pretrained() for h in [{"devices": 1, **r.hardware}]}  # fmt: skip
 
     def _cost(self, what: str) -> float | None:
@@ -185,8 +185,14 @@ def _column_names(group: list[Record]) -> dict[Column, str]:
     """Readable, unique, in the order of the page: `k-NN, cls`; the hash is added where two protocols bear one name."""
     plain = {_column(r): _plain_name(r.protocol.name, r.metric) for r in group}
     names = list(plain.values())
-    in_order = sorted(plain, key=lambda c: (c[0], len(c[1]), c[1], c[2]))  # k10 before k100
+    kinds = [*WORDS]  # what most methods have comes first
+    in_order = sorted(plain, key=lambda c: (_rank(c[0], kinds), c[0], len(c[1]), c[1], c[2]))  # k10 before k100
     return {c: plain[c] if names.count(plain[c]) == 1 else f"{plain[c]} [{c[2][:6]}]" for c in in_order}
+
+
+def _rank(protocol: str, kinds: list[str]) -> int:
+    kind = protocol.partition("_")[0]
+    return kinds.index(kind) if kind in kinds else len(kinds)
 
 
 def _plain_name(protocol: str, metric: str) -> str:

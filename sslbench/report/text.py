@@ -106,7 +106,9 @@ def markdown(c: Content) -> str:
 
 
 def missing_text(f: PaperFigure) -> str:
-    return f"Not measured. To measure: {', '.join(f'`{command}`' for command in f.missing)}" if f.missing else ""
+    return (
+        f"Not measured yet; what measures it: {', '.join(f'`{command}`' for command in f.missing)}" if f.missing else ""
+    )
 
 
 def measured(t: Table) -> tuple[list[str], list[list[str]]]:
