@@ -125,6 +125,10 @@ def measured_for(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[
     Nothing where the table has several lines of this method, arch, data and metric that a record cannot tell apart:
     it knows its epochs, but not a row's condition. Where the line is the only one, a record of other epochs says so.
     """
+    metric, wanted = line["metric"], _wanted(line)
+    records = [r for r in records if r.metric == metric and r.scale != "tiny" and _facts(r) == wanted]
+    if not records:
+        return []
     same = ["method", "arch", "pretrain_data", "metric", "dataset"]
     alike = frame[
         (frame[same] == line[same]).all(axis=1)
@@ -135,12 +139,7 @@ def measured_for(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[
     found: dict[tuple[RowKey, str, str], list[Record]] = defaultdict(list)
     for r in records:
         at_scale = (r.scale == "paper" and len(alike) == 1) or line["epochs"] == f"{r.pretrain.epochs or 0:g}"
-        if (
-            r.scale != "tiny"
-            and at_scale
-            and _facts(r) == _wanted(line)
-            and follows(r, protocol_of(line), tuned_epochs(line["condition"]))
-        ):
+        if at_scale and follows(r, protocol_of(line), tuned_epochs(line["condition"])):
             found[row_key(r), r.protocol.name, r.protocol.hash].append(r)
     several = [len({*part}) > 1 for part in zip(*((key[-1], *protocol) for key, *protocol in found), strict=True)]
     out = []
