@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import UserError, nearest
-from .paths import bundled, home
+from .paths import home
 
 
 def listing(what: str, console: Console) -> list[dict[str, Any]]:
@@ -83,19 +83,17 @@ def parameters(arch: str) -> int:
 
 
 def _tables() -> list[dict[str, Any]]:
-    import pandas as pd
+    from .report.papers import paper_tables, read_paper
 
     rows = []
-    for path in sorted(bundled("results/paper").glob("*.csv"), key=_table_order):
-        frame = pd.read_csv(path, dtype=str)
-        rows.append({"table": path.stem, "numbers": int(frame["value"].notna().sum()),
-                     "metrics": ", ".join(sorted(frame["metric"].unique())[:3])})  # fmt: skip
+    for name in paper_tables():
+        frame = read_paper(name)
+        metrics = list(dict.fromkeys(frame["metric"]))
+        more = f" and {len(metrics) - 3} more" if len(metrics) > 3 else ""
+        rows.append(
+            {"table": name, "numbers": int((frame["value"] != "").sum()), "metrics": ", ".join(metrics[:3]) + more}
+        )
     return rows
-
-
-def _table_order(path: Path) -> tuple[str, int]:
-    paper, _, table = path.stem.partition("_t")
-    return paper, int(table) if table.isdigit() else 99
 
 
 def _runs() -> list[dict[str, Any]]:

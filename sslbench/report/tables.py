@@ -60,8 +60,12 @@ class Row:
 
     def hardware(self) -> set[str]:
         """What its runs trained on: devices, their number, threads, precision. Times on two of these do not compare."""
-        return {f"{h['devices']} x {h['device']}, threads {h.get('threads')}, precision {h.get('precision')}"
-                for r in self._pretrained() for h in [{"devices": 1, **r.hardware}]}  # fmt: skip
+        known = [r.hardware for r in self._pretrained()]
+        return {
+            f"{h.get('devices', 1)} x {h.get('device')}"
+            + "".join(f", {k} {h[k]}" for k in ("threads", "precision") if k in h)
+            for h in known
+        }
 
     def _cost(self, what: str) -> float | None:
         """Mean over seeds. A record's cost has its evaluation in it: of the records of a seed the least is nearest."""
