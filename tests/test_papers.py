@@ -82,6 +82,16 @@ def test_a_table_in_the_terminal_keeps_its_width_and_every_word(home, name, colu
         assert " ".join(note.split()) in " ".join(text.split())
 
 
+def test_a_condition_that_a_column_repeats_is_not_said_twice_and_methods_across_are_columns(home):
+    assert "condition" not in reported_beside_measured("ocl_t2", []).header  # mask_ratio and batch_size are printed
+    assert [row[1] for row in reported_beside_measured("ocl_t4", []).rows][2:] == [
+        f"mlp head={n}-layer" for n in (2, 3)
+    ]
+    table = reported_beside_measured("ccmim_t4", [])
+    assert [row[0] for row in table.rows] == [f"finetune top1 {x}" for x in ("inat18", "inat19", "flowers102")]
+    assert table.header[-2:] == ["mae vit_b16 imagenet 1600 ep", "ccmim vit_b16 imagenet 800 ep"]
+
+
 def test_measured_stands_beside_reported_at_the_papers_scale_alone(home):
     measured = records(at_paper_scale(67.5), at_paper_scale(60, seed=1, scale="tiny"))
     beside = cell_of("ocl_t6", ["mae", "vit_b16"], measured)

@@ -71,6 +71,10 @@ def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
     frame["column"] = frame["column"].str.strip()
     frame["condition"] = frame["condition"].str.replace("_", " ")
     frame["number"] = "number"
+    shown = frame.groupby("row")[["metric", "value"]].apply(
+        lambda lines: list(lines.itertuples(index=False, name=None))
+    )
+    frame["condition"] = [_unprinted(c, shown[row]) for c, row in zip(frame["condition"], frame["row"], strict=True)]
     keys, across = _layout(frame, name.endswith("_text"))
     columns = list(dict.fromkeys(frame[across]))
     if across != "number":
@@ -100,7 +104,10 @@ def _layout(frame: pd.DataFrame, text: bool) -> tuple[list[str], str]:
         return ["row", *(k for k in ("method", "arch", "epochs") if frame[k].nunique() > 1), "column"], "number"
     vary = [k for k in KEYS if frame[k].nunique() > 1]
     if (frame.groupby("row")["column"].nunique() == 1).all() and frame["column"].nunique() > 1:
-        return ["column", *(k for k in vary if k != "arch")], "arch"  # settings, one a row
+        if frame["method"].nunique() == 1:
+            return ["column", *(k for k in vary if k != "arch")], "arch"  # settings, one a row
+        frame["method"] += frame[[k for k in vary if k != "method"]].apply(_of_method, axis=1)
+        return ["column"], "method"
     # What each column has one of belongs to the column: its own arch, its own pre-training set.
     of_column = [
         k for k in ("arch", "pretrain_data") if k in vary and (frame.groupby("column")[k].nunique() == 1).all()
@@ -110,6 +117,24 @@ def _layout(frame: pd.DataFrame, text: bool) -> tuple[list[str], str]:
     if "pretrain_data" in of_column and not (same := frame["pretrain_data"] == frame["dataset"]).all():
         frame["column"] += frame["pretrain_data"].where(~same, "").map(lambda v: v and f" from {v}")
     return list(dict.fromkeys(["method", *(k for k in vary if k not in of_column)])), "column"
+
+
+def _unprinted(condition: str, printed: list[tuple[str, str]]) -> str:
+    """The condition without what the row prints too, as `batch=2048` where its batch_size is 2048."""
+
+    def said(part: str) -> bool:
+        key, _, value = part.partition("=")
+        return any(
+            v == value and all(any(word.startswith(k) for word in metric.split("_")) for k in key.split())
+            for metric, v in printed
+        )
+
+    return ";".join(part for part in condition.split(";") if not said(part))
+
+
+def _of_method(line: Any) -> str:
+    """` vit_b16 imagenet 800 ep`, what a column of a method has one of."""
+    return "".join(f" {v} ep" if k == "epochs" else f" {v}" for k, v in line.items() if v)
 
 
 def _beside(line: Any, frame: pd.DataFrame, records: list[Record], remarks: list[str]) -> str:

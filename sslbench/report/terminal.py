@@ -33,14 +33,20 @@ def show(t: PaperTable, console: Console) -> None:
 
 
 def _blocks(t: PaperTable, width: int) -> list[tuple[list[int], list[int]]]:
-    """(columns, their widths) of each block. Every block has the key columns, and as many others as fit `width`."""
+    """(columns, their widths) of each block. Every block has the key columns; the others are in as few blocks as
+    `width` allows, as many in each.
+    """
     least, most = zip(*(_extremes(t, i) for i in range(len(t.header))), strict=True)
-    blocks: list[list[int]] = []
-    for i in range(t.keys, len(t.header)):
-        if not blocks or sum(least[j] + GAP for j in [*blocks[-1], i]) - GAP > width:
-            blocks.append(list(range(t.keys)))
-        blocks[-1].append(i)
-    return [(block, _shared([least[i] for i in block], [most[i] for i in block], width)) for block in blocks]
+    keys, others = list(range(t.keys)), list(range(t.keys, len(t.header)))
+
+    def fits(block: list[int]) -> bool:
+        return sum(least[i] + GAP for i in keys + block) - GAP <= width
+
+    sizes = range(len(others), 0, -1)  # of a block; one column alone may be too wide, and is folded
+    size = next((n for n in sizes if all(fits(others[i : i + n]) for i in range(0, len(others), n))), 1)
+    size = -(-len(others) // -(-len(others) // size))  # no last block of a single column where they can share
+    blocks = [keys + others[i : i + size] for i in range(0, len(others), size)]
+    return [(block, _shared([least[i] for i in block], [most[i] for i in block], t.keys, width)) for block in blocks]
 
 
 def _extremes(t: PaperTable, i: int) -> tuple[int, int]:
@@ -51,12 +57,14 @@ def _extremes(t: PaperTable, i: int) -> tuple[int, int]:
     return max([1, *words, *whole]), max(len(text) for text in (t.header[i], *cells))
 
 
-def _shared(least: list[int], most: list[int], width: int) -> list[int]:
-    """Widths between least and most: the widest column gives way first, until all fit or none can."""
+def _shared(least: list[int], most: list[int], keys: int, width: int) -> list[int]:
+    """Widths between least and most. Until all fit or none can, headers of numbers give way first, then row names; of
+    either the widest.
+    """
     widths = list(most)
     while sum(widths) + GAP * (len(widths) - 1) > width:
-        slack = [(w, i) for i, w in enumerate(widths) if w > least[i]]
+        slack = [(i >= keys, w, i) for i, w in enumerate(widths) if w > least[i]]
         if not slack:
             break
-        widths[max(slack)[1]] -= 1
+        widths[max(slack)[2]] -= 1
     return widths
