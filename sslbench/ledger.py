@@ -6,16 +6,24 @@ import fcntl
 import json
 import math
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError
 from .paths import home
 from .recipe import digest
 
 Scale = Literal["tiny", "cifar", "paper"]
+METRICS = r"(knn|linprobe|finetune)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"
+
+
+def _known(metric: str) -> str:
+    if not re.fullmatch(METRICS, metric):
+        raise ValueError(f"'{metric}' is no metric of this suite")
+    return metric
 
 
 class Part(BaseModel):
@@ -51,7 +59,7 @@ class Record(Part):
 
     id: str
     created: str
-    metric: str
+    metric: Annotated[str, AfterValidator(_known)]
     dataset: str
     value: float
     stderr: float | None

@@ -12,7 +12,7 @@ from sslbench.evaluate.run import eval_recipe
 from sslbench.pretrain import compose
 from sslbench.recipe import digest
 from sslbench.report.missing import missing
-from sslbench.report.page import report
+from sslbench.report.page import report, write_page
 from sslbench.report.papers import PAPERS, deviations, disagreements, protocol_of, read_paper, reported_beside_measured
 
 
@@ -97,6 +97,13 @@ def test_measured_stands_beside_reported_at_the_papers_scale_alone(home):
     beside = cell_of("ocl_t6", ["mae", "vit_b16"], measured)
     assert beside == ["68.0 | 67.5 ± 0.2 (-0.5)", "83.6"]
     assert cell_of("ocl_t6", ["mae", "vit_l16"], []) == ["76.0", "85.9"]
+
+
+def test_a_measured_number_in_a_papers_table_opens_its_provenance(home, tmp_path):
+    (record,) = measured = records(at_paper_scale(67.5))
+    write_page(measured, tmp_path, "html", papers=True)
+    page = (tmp_path / "report.html").read_text()
+    assert f'68.0 | <a href="#{record.id}">67.5 ± 0.2 (-0.5)</a>' in page and f'<details id="{record.id}">' in page
 
 
 def test_a_number_under_another_protocol_is_not_the_rows(home):

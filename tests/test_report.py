@@ -239,6 +239,9 @@ def test_bad_names_and_bad_lines_are_named(home):
     path.write_text(path.read_text().splitlines()[0].replace('"knn_top1"', "3") + "\n")
     with pytest.raises(UserError, match=r"line 1 is not a ledger record .*metric"):
         ledger.read()
+    path.write_text(path.read_text().replace("3,", '"knn_top5",', 1))
+    with pytest.raises(UserError, match=r"ocl\.jsonl, line 1 .*'knn_top5' is no metric of this suite"):
+        ledger.read()
 
 
 # ----------------------------------------------------------------------------------------------------- the figures

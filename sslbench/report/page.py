@@ -271,12 +271,19 @@ def _html_provenance(all_tables: list[Table]) -> list[str]:
 
 
 def _html_paper_table(t: PaperTable) -> str:
-    def line(tag: str, texts: list[str]) -> str:
-        kinds = [' class="key"'] * t.keys + [""] * (len(texts) - t.keys)
-        cells = (f"<{tag}{kind}>{escape(text)}</{tag}>" for kind, text in zip(kinds, texts, strict=True))
-        return f"<tr>{''.join(cells)}</tr>"
+    def line(tag: str, cells: list[str]) -> str:
+        kinds = [' class="key"'] * t.keys + [""] * (len(cells) - t.keys)
+        return "<tr>" + "".join(f"<{tag}{kind}>{c}</{tag}>" for kind, c in zip(kinds, cells, strict=True)) + "</tr>"
 
-    table = line("th", t.header) + "".join(line("td", row) for row in t.rows)
+    def cell(i: int, j: int) -> str:
+        if not (ids := t.sources.get((i, j))):
+            return escape(t.rows[i][j])
+        printed, *measured = map(escape, t.rows[i][j].split(" | "))
+        return " | ".join([printed, *(f'<a href="#{id}">{m}</a>' for m, id in zip(measured, ids, strict=True))])
+
+    columns = range(len(t.header))
+    table = line("th", [escape(h) for h in t.header])
+    table += "".join(line("td", [cell(i, j) for j in columns]) for i in range(len(t.rows)))
     notes = "".join(f"<li>{escape(n)}</li>" for n in t.notes)
     return (
         f'<details><summary>{escape(t.name)} <span class="soft">{escape(t.common)}</span></summary>'

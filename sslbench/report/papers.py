@@ -43,6 +43,7 @@ class PaperTable:
     keys: int  # how many of the columns, from the left, name the row
     rows: list[list[str]]
     notes: list[str]
+    sources: dict[tuple[int, int], list[str]]  # (row, column) -> a record's id for each number after a bar
 
 
 def paper_tables() -> dict[str, Path]:
@@ -83,16 +84,22 @@ def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
     frame["nth"] = frame.groupby(["row", *keys, across]).cumcount()
     remarks = list(dict.fromkeys(n for n in frame["note"] if n))
     measured = newest(records)
-    rows = []
+    rows: list[list[str]] = []
+    sources: dict[tuple[int, int], list[str]] = {}
     for _, group in frame.groupby(["row", *keys, "nth"], sort=False):
-        cells = {line[across]: _beside(line, frame, measured, remarks) for _, line in group.iterrows()}
+        cells = {}
+        for _, line in group.iterrows():
+            found = measured_for(line, frame, measured)
+            cells[line[across]] = " | ".join([_printed(line, remarks), *(text for text, _ in found)])
+            if found:
+                sources[len(rows), len(keys) + columns.index(line[across])] = [id for _, id in found]
         rows.append([group.iloc[0][k].replace(";", ", ") for k in keys] + [cells.get(c, "") for c in columns])
     once = {k: frame[k].iloc[0] for k in KEYS if k not in (*keys, across) and frame[k].nunique() == 1}
     common = ", ".join(KEYS[k].format(v.replace(";", ", ")) for k, v in once.items() if v)
     names = {"column": "setting", "row": "where", "pretrain_data": "pre-trained on"}
     header = [names.get(k, k) for k in keys] + [c or "number" for c in columns]
     notes = [f"[{i}] {note}" for i, note in enumerate(remarks, 1)]
-    return PaperTable(name, common, header, len(keys), rows, notes)
+    return PaperTable(name, common, header, len(keys), rows, notes, sources)
 
 
 def _layout(frame: pd.DataFrame, text: bool) -> tuple[list[str], str]:
@@ -137,15 +144,15 @@ def _of_method(line: Any) -> str:
     return "".join(f" {v} ep" if k == "epochs" else f" {v}" for k, v in line.items() if v)
 
 
-def _beside(line: Any, frame: pd.DataFrame, records: list[Record], remarks: list[str]) -> str:
-    """`74.2 [1] | 73.9 ± 0.2 (800 ep)`: as printed, with the number of its note, and as measured."""
+def _printed(line: Any, remarks: list[str]) -> str:
+    """`74.2 [1]`: as printed, with the number of its note."""
     mark = f"[{remarks.index(line['note']) + 1}]" if line["note"] else ""
-    printed = " ".join(part for part in (line["value"] or "-", line["unit"], mark) if part)
-    return " | ".join([printed, *measured_for(line, frame, records)])
+    return " ".join(part for part in (line["value"] or "-", line["unit"], mark) if part)
 
 
-def measured_for(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[str]:
-    """What the ledger has for a printed number, each protocol and recipe for itself.
+def measured_for(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[tuple[str, str]]:
+    """What the ledger has for a printed number, each protocol and recipe for itself: `73.9 ± 0.2 (800 ep)`, and the id
+    of a record behind it.
 
     Nothing where the table has several lines of this method, arch, data and metric that a record cannot tell apart:
     it knows its epochs, but not a row's condition. Where the line is the only one, a record of other epochs says so.
@@ -175,7 +182,7 @@ def measured_for(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[
         cell = cell_of(group)
         if (printed := _number(line["value"])) is not None:
             words = [f"{cell.value - printed:+.1f}", *words]
-        out.append(f"{cell} ({', '.join(words)})" if words else str(cell))
+        out.append((f"{cell} ({', '.join(words)})" if words else str(cell), cell.records[0].id))
     return out
 
 
