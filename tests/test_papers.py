@@ -222,6 +222,39 @@ def test_gains_claimed_in_the_texts_follow_from_the_tables_but_for_those_known()
     assert {(f"{paper}_text", value) for paper, _, _, value in wrong} <= listed
 
 
+def restated():
+    """(claim, as a number of the tables' unit, what the tables print) of other numbers that a text says again."""
+    same = ("method", "arch", "epochs")
+    for paper in COUNTS:
+        names = [name for name in ALL_TABLES if name.startswith(f"{paper}_")]
+        cells = [line for name in names if "text" not in name for line in read_paper(name).to_dict("records")]
+        for claim in read_paper(f"{paper}_text").to_dict("records"):
+            at = [x for x in cells if (x["metric"], x["dataset"]) == (claim["metric"], claim["dataset"])
+                  and all("" in (x[k], claim[k]) or x[k] == claim[k] for k in same)]  # fmt: skip
+            printed = {x["value"].lstrip("~") for x in at if x["value"]}
+            if printed and not claim["metric"].endswith("_gain"):
+                value, gpus = claim["value"].lstrip("~"), re.search(r"gpus=(\d+)", claim["condition"])
+                if gpus:  # hours of several
+                    value = f"{float(value) * int(gpus[1]):g}"
+                elif claim["metric"] == "mask_ratio" and claim["unit"] == "%":
+                    value = f"{float(value) / 100:g}"
+                yield claim, value, printed
+
+
+def test_numbers_that_the_texts_say_again_are_those_of_the_tables_but_for_those_known():
+    found = list(restated())
+    assert len(found) > 50
+    wrong = {(c["paper"], c["metric"], value, *sorted(printed)) for c, value, printed in found if value not in printed}
+    hours = ("533", "559", "586", "600", "611", "613")
+    assert wrong == {
+        ("ocl", "params_m", "307", "304"),
+        ("ocl", "pretrain_hours", "532", *hours),
+        ("micl", "pretrain_hours", "532", *hours),
+    }
+    listed = {(d.table, d.printed.split(" ")[0].rstrip(",")) for d in disagreements()}
+    assert {("ocl_text", "307"), ("ocl_text", "133"), ("micl_text", "133")} <= listed
+
+
 def test_what_agrees_is_no_disagreement_and_each_names_its_place():
     found = disagreements()
     assert len(found) > 60 and not any("agree" in d.against for d in found)
