@@ -122,6 +122,8 @@ def test_differences_are_those_of_scipys_paired_test_after_holm(home):
     corrected = [3 * first, max(3 * first, 2 * second), max(3 * first, 2 * second, third)]
     assert [row[1].split("p ")[1] for row in rows[3:]] == [f"{corrected[sorted(ps).index(p)]:.2g}" for p in ps]
     assert rows[5][1].startswith("-1.8 ± 1.9")
+    one_seed = equals(runs("ocl", 5, 100, 5e12, A[:1]), runs("mae", 5, 100, 5e12, B[:1]))[1][0].groups[-1]
+    assert one_seed.pairs == [("mae - ocl", {"k-NN, cls": "-2.0"})]
 
 
 @given(st.lists(st.floats(0, 1), max_size=6))

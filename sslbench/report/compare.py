@@ -33,7 +33,13 @@ def compare(a: str, b: str, records: list[Record], console: Console) -> dict[str
         if not seeds:
             continue
         x, y = ([side[key][s] for s in seeds] for side in (left, right))
-        difference, half, p, test = tested(x, y)
+        half: float | None
+        if len(seeds) > 1:
+            difference, half, p = paired_difference([r.value for r in x], [r.value for r in y])
+            test = f"paired t, {len(seeds)} seeds"
+        else:
+            difference, half, p = normal_difference(x[0].value, x[0].stderr, y[0].value, y[0].stderr)
+            test = "z, 1 seed"
         means = [math.fsum(r.value for r in side) / len(seeds) for side in (x, y)]
         rows.append(
             {
@@ -53,13 +59,6 @@ def compare(a: str, b: str, records: list[Record], console: Console) -> dict[str
         raise UserError(f"{a} and {b} have no number under the same protocol, on the same images, with the same seed")
     _show(a, b, rows, console)
     return {"a": a, "b": b, "rows": rows}
-
-
-def tested(x: list[Record], y: list[Record]) -> tuple[float, float | None, float | None, str]:
-    """x - y of records paired by seed: the difference, half-width of its 95 % interval, p, and the name of the test."""
-    if len(x) > 1:
-        return *paired_difference([r.value for r in x], [r.value for r in y]), f"paired t, {len(x)} seeds"
-    return *normal_difference(x[0].value, x[0].stderr, y[0].value, y[0].stderr), "z, 1 seed"
 
 
 def _select(name: str, records: list[Record]) -> dict[Key, dict[int, Record]]:
