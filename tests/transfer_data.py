@@ -4,6 +4,9 @@ import json
 import shutil
 import tarfile
 
+import numpy as np
+from PIL import Image
+
 
 def unpack(shared, name, out):
     archive = shared / "data" / f"{name}.tar"
@@ -34,13 +37,24 @@ def coco_part(whole, out, train=4, val=3, same=False):
     return out
 
 
-def ade20k_part(whole, out, train=4, val=2, same=False):
-    """The first images of an ADE20K-like set. same: val is train."""
+def ade20k_part(whole, out, train=4, val=2, same=False, share=0.0):
+    """The first images of an ADE20K-like set with two categories or more, each on at least `share` of the pixels.
+
+    same: val is train.
+    """
     for split, count in (("training", train), ("validation", train if same else val)):
         source = "training" if same else split
-        for kind, end in (("images", ".jpg"), ("annotations", ".png")):
-            folder = out / kind / split
-            folder.mkdir(parents=True)
-            for path in sorted((whole / kind / source).glob(f"*{end}"))[:count]:
-                shutil.copy(path, folder)
+        for kind in ("images", "annotations"):
+            (out / kind / split).mkdir(parents=True)
+        maps = [p for p in sorted((whole / "annotations" / source).glob("*.png")) if smallest(p) >= share][:count]
+        for path in maps:
+            shutil.copy(path, out / "annotations" / split)
+            shutil.copy(whole / "images" / source / f"{path.stem}.jpg", out / "images" / split)
     return out
+
+
+def smallest(path):
+    """The share of the pixels of a label map that its smallest category has."""
+    labels = np.asarray(Image.open(path))
+    _, counts = np.unique(labels[labels > 0], return_counts=True)
+    return counts.min() / labels.size if len(counts) > 1 else 0.0

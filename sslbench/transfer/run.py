@@ -136,7 +136,7 @@ class TransferJob:
             yield
 
     def flops_per_image(self) -> None:
-        """Unknown: what the heads compute depends on what they find."""
+        """Not known before: what the heads compute depends on what they find. The runner counts its first pass."""
 
     def info(self) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import provenance
 from ..data.loader import epoch_order, host_seed, seed_of
@@ -82,7 +84,7 @@ class LayerDecay:
         groups = layer_groups(model, self.depth, o.weight_decay, o.layer_decay, "backbone.", o.decay_biases)
         for group in groups:
             group["lr"] = o.lr * group["lr_scale"]
-        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas)
+        optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, fused=True)
         return OPTIM_WRAPPERS.build({**self.wrapper, "optimizer": optimizer})
 
 
@@ -113,6 +115,7 @@ class Loop(IterBasedTrainLoop):
     ) -> None:
         super().__init__(runner, dataloader, max_iters, val_interval=max_iters + 1)
         self.accumulation, self.seed, self.wait_s = accumulation, seed, 0.0
+        self.flops = 0  # of the first forward and backward pass; the others are about as much
         self._iter = first  # the data loader starts there too
 
     def run(self) -> nn.Module:
@@ -130,7 +133,10 @@ class Loop(IterBasedTrainLoop):
                 began = time.perf_counter()
                 batch = next(self.dataloader_iterator)
                 self.wait_s += time.perf_counter() - began
-                outputs = model.train_step(batch, optim_wrapper=wrapper)
+                counter = FlopCounterMode(display=False)
+                with contextlib.nullcontext() if self.flops else counter:
+                    outputs = model.train_step(batch, optim_wrapper=wrapper)
+                self.flops = self.flops or counter.get_total_flops()
             call("after_train_iter", batch_idx=self._iter, data_batch=None, outputs=outputs)
             self._iter += 1
         call("after_train_epoch")
@@ -164,6 +170,7 @@ class Keeper(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         run, machine, total = self.run, self.run.job.machine, runner.max_iters
         run.steps = batch_idx + 1
+        run.flops_per_image = runner.train_loop.flops / self.batch.micro
         self.running.add(outputs)
         self.watch.images += self.batch.total
         last = run.steps == total
