@@ -68,7 +68,7 @@ def test_every_protocol_trains_two_iterations_and_is_scored(recipe, parts, invok
     assert {"recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "pictures", "weights.safetensors"} <= names
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished" and run["cost"]["wall_s"] > 0 and run["data_fingerprint"]
-    # Two images, twice, through a ViT-Ti forward and backward and what stands on it; a patch token costs 33 MFLOP there.
+    # Two images, twice, through a ViT-Ti and what stands on it: for a token alone 33 MFLOP forward and backward.
     tokens = {"coco": 64, "ade20k": 16}[kind]
     assert record["cost"]["flops"] > 4 * tokens * 30e6
     assert len(list((folder / "pictures").glob("*.png"))) == 1
@@ -98,6 +98,19 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(kind, parts, invok
     second = load_file(folder / "weights.safetensors")
     assert first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
     assert [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_two_processes_train_as_one_and_score_once(parts, run_sslbench, tmp_path):
+    done = run_sslbench("transfer", "ade20k", SUBJECT, "--recipe", "ade20k_smoke", "--data", parts["ade20k_same"],
+                        *sets(machine__devices=2, machine__log_every=1, science__batch_size=4),
+                        home=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 = 2 per device x 2 device(s) x 1 accumulation" in done.stdout
+    assert "BatchNorm in the heads sees 2 of a batch's 4 images" in done.stdout
+    lines = [json.loads(x) for x in (tmp_path / "results/ledger/untrained.jsonl").read_text().splitlines()]
+    assert [r["metric"] for r in lines] == METRICS["ade20k"] and lines[0]["hardware"]["devices"] == 2
+    (metrics,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    assert [json.loads(x)["step"] for x in metrics.read_text().splitlines()] == [1, 2]
 
 
 def broken_coco(root, how):

@@ -127,6 +127,12 @@ class TransferJob:
             model.init_weights()
         return model
 
+    def normalised_together(self) -> int:
+        """Images that a BatchNorm of the model normalises as one: the whole batch where there is none."""
+        batch, on_gpu = self.batch(), default_device().type == "cuda"
+        normed = "BN'" in str(self.task.model(self.science, self.subject, self.machine, True))
+        return batch.micro * (batch.world if on_gpu else 1) if normed else batch.total
+
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """Where mm libraries look names up: mmdet or mmseg; quietly."""
@@ -169,6 +175,11 @@ def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console:
     job = TransferJob(recipe, open_subject(run, recipe.science.seed), root)
     folder = home() / "runs" / job.folder_name
     console.print(f"{folder}: batch {job.batch()}, {job.total(job.batch_size)} iterations, {len(job.train)} images")
+    if (seen := job.normalised_together()) < job.batch_size:
+        console.print(
+            f"note: BatchNorm in the heads sees {seen} of a batch's {job.batch_size} images at a time here; a result "
+            f"may differ from that of a device, or several GPUs, that take the whole batch"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = fit(job, folder, console, by=importlib.import_module(".runner", __package__).train)  # type: ignore[arg-type]

@@ -272,8 +272,7 @@ def make_runner(folder: Path, model: nn.Module, fabric: Any, **more: Any) -> Run
     on_gpu = fabric.device.type == "cuda"
     ours = ("runtime_info", "timer", "sampler_seed", "logger", "checkpoint")
     wrapper: dict[str, Any] = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
-    if on_gpu:
-        wrapper["device_ids"] = [fabric.device.index]
+    wrapper["device_ids"] = [fabric.device.index] if on_gpu else None  # mmengine's default is a GPU's
     return Runner(
         model=model,
         work_dir=str(folder / "mmengine"),
