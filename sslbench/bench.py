@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import statistics
+import subprocess
 import time
 from typing import Any
 
@@ -12,6 +15,7 @@ from rich.console import Console
 from . import provenance
 from .data import MemoryImages, open_split
 from .data.loader import MicroBatches
+from .errors import UserError
 from .listing import show
 from .method import methods
 from .pretrain import compose
@@ -32,20 +36,34 @@ def bench(
     seconds: float,
     sets: list[str],
     console: Console,
+    against: str | None = None,
 ) -> dict[str, Any]:
-    """Rows of {method, arch, precision, batch, images_per_s, matmul_share, peak_memory_gib, data_wait, ...}."""
+    """Rows of {method, arch, precision, batch, images_per_s, matmul_share, peak_memory_gib, data_wait, ...}.
+
+    against: a command to run in turn with each measurement, A B A B, whose last line of output ends in its images/s;
+    the row then has `against_images_per_s`, its mean, and `ratio`, ours to it.
+    """
     rows = []
     for arch in archs:
         for name in names or list(methods()):
             for precision in precisions:
                 batch = batch_size or (256 if get_arch(arch).image <= 64 else 64)
-                rows.append(_measure(_recipe(name, arch, batch, precision, compiled, sets), seconds))
-                row = rows[-1]
+                recipe = _recipe(name, arch, batch, precision, compiled, sets)
+                row = _measure(recipe, seconds)
+                if against:
+                    row |= _beside(row, recipe, seconds, against)
+                rows.append(row)
                 console.print(
                     f"{row['method']} {row['arch']} {row['precision']} batch {batch}: {row['images_per_s']:.1f} img/s, "
                     f"{row['matmul_share']:.0%} of the matmul peak, {row['peak_memory_gib']:.2f} GiB"
                 )
-    columns = ("method", "arch", "precision", "images_per_s", "matmul_share", "peak_memory_gib", "data_wait")
+                if against:
+                    console.print(
+                        f"  {row['ratio']:.3f} times the {row['against_images_per_s']:.1f} img/s of {against}"
+                    )
+    columns = ["method", "arch", "precision", "images_per_s", "matmul_share", "peak_memory_gib", "data_wait"]
+    columns += ["joules_per_image"] if any(r["joules_per_image"] for r in rows) else []
+    columns += ["ratio"] if against else []
     console.print()
     show([{k: round(r[k], 3) if isinstance(r[k], float) else r[k] for k in columns} for r in rows], console)
     return {"hardware": provenance.hardware(default_device().type), "versions": provenance.versions(), "rows": rows}
@@ -58,6 +76,27 @@ def _recipe(name: str, arch: str, batch: int, precision: str, compiled: bool, mo
     return compose(
         name, sets=[*sets, *more], science={"arch": arch}, machine={"precision": precision, "compile": compiled}
     )
+
+
+def _beside(row: dict[str, Any], recipe: Recipe, seconds: float, against: str) -> dict[str, Any]:
+    """After our first measurement: theirs, ours, theirs."""
+    theirs = [_external(against)]
+    ours = [row["images_per_s"], _measure(recipe, seconds)["images_per_s"]]
+    theirs.append(_external(against))
+    mean, other = statistics.mean(ours), statistics.mean(theirs)
+    return {"images_per_s": mean, "against": against, "against_images_per_s": other, "ratio": mean / other}
+
+
+def _external(command: str) -> float:
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
+    found = re.findall(r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?", (done.stdout.strip().splitlines() or [""])[-1])
+    if done.returncode or not found or not float(found[-1]):
+        last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
+        raise UserError(
+            f"--against {command}: exit status {done.returncode} ({last}); expected 0, and a last line of output that "
+            f"ends in its images/s"
+        )
+    return float(found[-1])
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
@@ -112,11 +151,12 @@ def _measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
         _wait(fabric.device)
         if i < 2:  # allocation, and compilation where asked for
             loader.wait_s, began, end = 0.0, time.perf_counter(), time.perf_counter() + seconds
+            energy = provenance.EnergyMeter(fabric.device.type)
             continue
         times.append(time.perf_counter() - start)
         if len(times) >= 3 and time.perf_counter() > end:
             break
-    wait = loader.wait_s / (time.perf_counter() - began)
+    wait, joules = loader.wait_s / (time.perf_counter() - began), energy.read()
     peak = max(before, matmul_peak(fabric.device, dtype))  # both ends: the machine's speed drifts
     rate = s.batch_size / statistics.median(times)
     flops = flops_per_image(recipe)
@@ -133,5 +173,6 @@ def _measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
         "matmul_share": rate * flops / peak,
         "peak_memory_gib": provenance.peak_memory_gib(fabric.device.type),
         "data_wait": wait,
+        "joules_per_image": None if joules is None else joules / (len(times) * s.batch_size),
         "steps": len(times),
     }

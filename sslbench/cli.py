@@ -276,6 +276,10 @@ def bench(
     precision: Annotated[list[str] | None, typer.Option(help="auto if left out; may be given again.")] = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile")] = False,
     seconds: Annotated[float, typer.Option(help="Time to measure each for.")] = 10.0,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help="Run in turn with ours; its last line of output ends in its images/s."),
+    ] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -283,7 +287,7 @@ def bench(
     from .bench import bench as run
 
     archs, precisions, talk = arch or ["vit_ti4"], precision or ["auto"], console(as_json)
-    answer(as_json, run(methods or [], archs, batch_size, precisions, compile, seconds, sets or [], talk))
+    answer(as_json, run(methods or [], archs, batch_size, precisions, compile, seconds, sets or [], talk, against))
 
 
 @app.command()

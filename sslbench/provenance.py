@@ -93,3 +93,32 @@ def peak_memory_gib(device: str = "cpu") -> float:
                 return round(int(line.split()[1]) / 2**20, 3)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**30 if platform.system() == "Darwin" else 2**20), 3)
+
+
+class EnergyMeter:
+    """Joules that the device has used since the meter was made, where it says: a GPU through pynvml, a CPU by RAPL."""
+
+    def __init__(self, device: str = "cpu", rapl: Path = Path("/sys/class/powercap")) -> None:
+        self.device, self.rapl = device, rapl
+        self.began = self._read()
+
+    def read(self) -> float | None:
+        """None where nothing reports it, or a counter went round."""
+        began, now = self.began, self._read()
+        return None if began is None or now is None or now < began else now - began
+
+    def _read(self) -> float | None:
+        if self.device == "cuda":
+            try:
+                import pynvml  # type: ignore[import-untyped, unused-ignore, import-not-found]
+
+                pynvml.nvmlInit()
+                handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+                return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+            except Exception:
+                return None
+        try:  # of each socket; readable by root alone on most machines
+            found = [int(p.read_text()) for p in self.rapl.glob("intel-rapl:?/energy_uj")]
+        except OSError:
+            return None
+        return sum(found) / 1e6 if found else None

@@ -1,5 +1,8 @@
 """What keeps a step fast: nothing waits for the device, and a compiled step is one graph, made once."""
 
+import json
+import sys
+
 import pytest
 import torch
 from rich.console import Console
@@ -8,6 +11,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from sslbench.pretrain import compose
+from sslbench.provenance import EnergyMeter
 from sslbench.train.loop import pretrain
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::_to_cpu")  # on a GPU these wait for it
@@ -49,3 +53,27 @@ def ancestors(event):
     while event := event.cpu_parent:
         names.append(event.name)
     return names
+
+
+def test_bench_against_a_command_takes_turns_and_gives_the_ratio(invoke, tmp_path):
+    (tmp_path / "rival.py").write_text("open('turns', 'a').write('B')\nprint('it ran at 100.0 images/s: 50')")
+    bench = ["bench", "mae", "--arch", "vit_mini4", "--batch-size", 8, "--seconds", 0.1, "--json", "--against"]
+    done = invoke(*bench, f"{sys.executable} rival.py")
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (tmp_path / "turns").read_text() == "BB" and row["against_images_per_s"] == 50
+    assert row["ratio"] == pytest.approx(row["images_per_s"] / 50)
+    done = invoke(*bench, f"{sys.executable} -c 1/0")
+    assert done.exit_code == 2 and "exit status 1 (ZeroDivisionError" in done.stderr
+
+
+def test_joules_are_read_where_the_device_reports_them(tmp_path):
+    assert EnergyMeter("cpu", tmp_path).read() is None
+    socket = tmp_path / "intel-rapl:0"
+    socket.mkdir()
+    (socket / "energy_uj").write_text("1000000\n")
+    meter = EnergyMeter("cpu", tmp_path)
+    (socket / "energy_uj").write_text("3500000\n")
+    assert meter.read() == 2.5
+    (socket / "energy_uj").write_text("10\n")  # it went round
+    assert meter.read() is None
