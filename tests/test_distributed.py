@@ -1,8 +1,12 @@
 """Several processes are one large device: the same weights, the same run folder, the same end when one of them dies."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -20,14 +24,17 @@ ARCHS["tiny"] = Arch(patch=8, dim=48, depth=2, heads=3, image=32)
 out, world, *names = sys.argv[1:]
 for name in names:
     sets = ["science.arch=tiny", "science.data.image_size=32", "science.batch_size=16", "science.epochs=0.08",
-            "machine.precision=32", "machine.tensorboard=false", "machine.log_every=1"]
+            "machine.precision=32", "machine.tensorboard=false", "machine.log_every=1", "machine.save_every=10"]
     if name == "ocl":
         sets.append("science.method.gather_negatives=true")
     if name == "mocov3":  # BatchNorm of features that are still much alike magnifies rounding: smaller steps
         sets.append("science.optim.lr=1e-5")
     recipe = compose(name, recipe=f"{name}_smoke", sets=sets, machine={"devices": int(world)})
-    pretrain(recipe, Path(out) / name, Console(quiet=True), progress=False)
+    for folder in (Path(out) / name, Path(f"resumed{out}") / name):
+        if folder.parent.name == out or folder.is_dir():
+            pretrain(recipe, folder, Console(quiet=True), progress=False)
 """
+RESUMED = ("ocl", "macrl")
 
 
 def torchrun(world, *arguments, home, environment):
@@ -36,20 +43,75 @@ def torchrun(world, *arguments, home, environment):
                           capture_output=True, text=True, timeout=400)  # fmt: skip
 
 
-def test_one_two_and_four_processes_end_with_the_same_weights(tmp_path, environment):
-    """20 steps of each method, negatives gathered."""
-    (tmp_path / "train.py").write_text(TRAIN)
-    for world in (1, 2, 4):
-        done = torchrun(world, "train.py", world, world, *METHODS, home=tmp_path, environment=environment)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, environment):
+    """WORLD/METHOD: runs of 20 steps, negatives gathered. resumedWORLD/METHOD: what 2 processes saved after 10 of them,
+    finished by that many."""
+    home = tmp_path_factory.mktemp("distributed")
+    (home / "train.py").write_text(TRAIN)
+    for world in (2, 1, 4):
+        done = torchrun(world, "train.py", world, world, *METHODS, home=home, environment=environment)
         assert done.returncode == 0, done.stderr[-3000:]
-    for name in METHODS:
-        folders = [tmp_path / str(world) / name for world in (1, 2, 4)]
-        one, *many = (load_file(folder / "weights.safetensors") for folder in folders)
-        for k, x in one.items():
-            # Two have no gradient but rounding, which Adam makes a step of: a key's bias, a shift before BatchNorm.
-            if not k.endswith("qkv.bias") and (name, k) != ("mocov3", "norm.bias"):
-                assert max((x - y[k]).abs().max().item() for y in many) < 1e-5, (name, k)
-        logs = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
-        for steps in zip(*logs, strict=True):
-            for key in ("loss", "grad_norm"):  # Adam's weights do not show a gradient of another size
-                assert [s[key] for s in steps] == pytest.approx([steps[0][key]] * 3, rel=1e-3), (name, steps[0]["step"])
+        for name in RESUMED if world == 2 else ():
+            for other in (1, 4):
+                folder = home / f"resumed{other}" / name
+                shutil.copytree(home / "2" / name, folder)
+                for path in (folder / "weights.safetensors", *folder.glob("checkpoints/step_000000020.*")):
+                    path.unlink()
+                info = json.loads((folder / "run.json").read_text())
+                (folder / "run.json").write_text(json.dumps({**info, "status": "running"}))
+    return home
+
+
+def same(one, other, name):
+    """Weights to 1e-5. Not two that have no gradient but rounding, which Adam makes a step of: a key's bias, and a
+    shift before BatchNorm."""
+    one, other = (load_file(folder / "weights.safetensors") for folder in (one, other))
+    for k, x in one.items():
+        if not k.endswith("qkv.bias") and (name, k) != ("mocov3", "norm.bias"):
+            assert (x - other[k]).abs().max().item() < 1e-5, (name, k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_one_two_and_four_processes_end_with_the_same_weights(name, trained):
+    folders = [trained / str(world) / name for world in (1, 2, 4)]
+    for folder in folders[1:]:
+        same(folders[0], folder, name)
+    logs = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    assert len(logs[0]) == 20
+    for steps in zip(*logs, strict=True):
+        for key in ("loss", "grad_norm"):  # Adam's weights do not show a gradient of another size
+            assert [s[key] for s in steps] == pytest.approx([steps[0][key]] * 3, rel=1e-3), steps[0]["step"]
+
+
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("name", RESUMED)
+def test_what_two_processes_saved_one_or_four_finish(name, world, trained):
+    folder = trained / f"resumed{world}" / name
+    info = json.loads((folder / "run.json").read_text())
+    assert (info["status"], info["step"], info["resumed"], info["hardware"]["devices"]) == ("finished", 20, 1, world)
+    same(trained / "2" / name, folder, name)
+
+
+def test_when_one_process_is_killed_all_stop_and_the_same_command_resumes(tmp_path, environment):
+    command = [sys.executable, "-m", "sslbench", "pretrain", "ocl", "--recipe", "ocl_smoke", "--batch-size", "32",
+               "--epochs", "0.4", "--devices", "2", "--set", "machine.save_every=5",
+               "--set", "machine.tensorboard=false", "--set", "science.method.gather_negatives=true"]  # fmt: skip
+    env = environment(tmp_path, {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    while not (saved := list(tmp_path.glob("runs/*/checkpoints/step_*.sha256"))):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    child = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0]
+    began = time.monotonic()
+    os.kill(int(child), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - began < 60
+    assert "another process of this run has died" in said and "Traceback" not in said
+    run = json.loads((saved[0].parents[1] / "run.json").read_text())
+    assert run["status"] == "failed" and 5 <= run["step"] < 50
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((saved[0].parents[1] / "run.json").read_text())
+    assert (run["status"], run["step"], run["resumed"]) == ("finished", 50, 1)

@@ -125,6 +125,11 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
         raise RunFailed(f"out of device memory at a micro-batch of {batch.micro} images; {hint}") from e
     except Exception as e:
         run.write("failed", error=f"{type(e).__name__}: {e}")
+        if fabric.world_size > 1 and any(word in str(e) for word in ("gloo", "NCCL", "ProcessGroup")):
+            raise RunFailed(
+                f"another process of this run has died or cannot be reached, so this one (rank {fabric.global_rank} of "
+                f"{fabric.world_size}) stops too; the same command resumes from the newest checkpoint"
+            ) from e
         raise
     finally:
         if lock is not None:
