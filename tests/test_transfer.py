@@ -25,7 +25,7 @@ def parts(shared, tmp_path_factory):
         "coco": coco_part(coco, root / "coco4"),
         "ade20k": ade20k_part(ade, root / "ade3"),
         "coco_same": coco_part(coco, root / "coco_same", same=True),
-        "ade20k_same": ade20k_part(proxy, root / "ade_same", same=True, share=0.1),
+        "ade20k_same": ade20k_part(proxy, root / "ade_same", same=True),
     }
 
 
@@ -68,9 +68,7 @@ def test_every_protocol_trains_two_iterations_and_is_scored(recipe, parts, invok
     assert {"recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "pictures", "weights.safetensors"} <= names
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished" and run["cost"]["wall_s"] > 0 and run["data_fingerprint"]
-    # Two images, twice, through a ViT-Ti and what stands on it: for a token alone 33 MFLOP forward and backward.
-    tokens = {"coco": 64, "ade20k": 16}[kind]
-    assert record["cost"]["flops"] > 4 * tokens * 30e6
+    assert run["cost"]["flops"] == record["cost"]["flops"] > 1e9
     assert len(list((folder / "pictures").glob("*.png"))) == 1
     assert {"step", "loss", "lr", "images_per_s", "data_wait"} <= set(
         json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -90,27 +88,46 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(kind, parts, invok
     for path in ((folder / "weights.safetensors"), *folder.glob("checkpoints/step_000000003.*")):
         path.unlink()
     info = json.loads((folder / "run.json").read_text())
-    value = info.pop("records")[0]["value"]
+    value, flops = info.pop("records")[0]["value"], info["cost"]["flops"]
     (folder / "run.json").write_text(json.dumps({**info, "status": "running"}))
     done = invoke(*command)
     assert done.exit_code == 0, done.stderr
     assert json.loads((folder / "run.json").read_text())["resumed"] == 1 and last_json(done)["value"] == value
+    assert last_json(done)["cost"]["flops"] == flops
     second = load_file(folder / "weights.safetensors")
     assert first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
     assert [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
-def test_two_processes_train_as_one_and_score_once(parts, run_sslbench, tmp_path):
-    done = run_sslbench("transfer", "ade20k", SUBJECT, "--recipe", "ade20k_smoke", "--data", parts["ade20k_same"],
-                        *sets(machine__devices=2, machine__log_every=1, science__batch_size=4),
-                        home=tmp_path)  # fmt: skip
+def test_two_processes_train_as_the_recipe_says_and_batch_norm_is_spoken_of(parts, run_sslbench, tmp_path):
+    command = ["transfer", "ade20k", SUBJECT, "--recipe", "ade20k_smoke", "--data", parts["ade20k_same"], "--json",
+               *sets(machine__devices=2, machine__pictures=0, science__batch_size=4)]  # fmt: skip
+    done = run_sslbench(*command, home=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "4 = 2 per device x 2 device(s) x 1 accumulation" in done.stdout
-    assert "BatchNorm in the heads sees 2 of a batch's 4 images" in done.stdout
-    lines = [json.loads(x) for x in (tmp_path / "results/ledger/untrained.jsonl").read_text().splitlines()]
-    assert [r["metric"] for r in lines] == METRICS["ade20k"] and lines[0]["hardware"]["devices"] == 2
-    (metrics,) = (tmp_path / "runs").glob("*/metrics.jsonl")
-    assert [json.loads(x)["step"] for x in metrics.read_text().splitlines()] == [1, 2]
+    assert len(done.stdout.strip().splitlines()) == 1 and done.stderr.count("%  ade-same") == 3  # one process talks
+    assert "BatchNorm in the heads sees 2 image(s) at a time, not the batch of 4" in done.stderr
+    record = last_json(done)
+    assert record["hardware"]["devices"] == 2 and record["condition"]["iterations"] == 2 and record["cost"]["flops"] > 0
+
+
+def test_one_image_a_device_is_refused_where_batch_norm_would_see_one_pixel(parts, invoke):
+    done = invoke("transfer", "ade20k", SUBJECT, "--recipe", "ade20k_smoke", "--data", parts["ade20k"],
+                  *sets(machine__micro_batch=1))  # fmt: skip
+    assert done.exit_code == 2 and "needs two images or more a device" in done.stderr, done.stderr
+
+
+def test_bf16_on_a_cpu_follows_float32(parts, invoke, tmp_path):
+    def losses(precision):
+        done = invoke("transfer", "coco", SUBJECT, "--recipe", "coco_smoke", "--data", parts["coco"],
+                      *sets(machine__pictures=0, machine__log_every=1, machine__precision=precision))  # fmt: skip
+        assert done.exit_code == 0, done.stderr
+        (path,) = tmp_path.glob("runs/*/metrics.jsonl")
+        found = [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+        shutil.rmtree(tmp_path / "runs")
+        return found
+
+    a, b = losses("32"), losses("bf16")
+    assert len(a) == 2 and a != b and b == pytest.approx(a, rel=0.05)
 
 
 def broken_coco(root, how):
@@ -198,8 +215,7 @@ OVERFIT = {
 
 @pytest.mark.slow
 def test_mask_rcnn_learns_four_images(parts, invoke, tmp_path):
-    more = {"science__iterations": 150, "science__input__scale": "[1,1]", "science__width": 64, "science__rois": 32,
-            "science__proposals": "[50,25]", "machine__pictures": 2}  # fmt: skip
+    more = {"science__iterations": 140, "science__input__scale": "[1,1]", "science__width": 64, "machine__pictures": 2}
     done = invoke("transfer", "coco", SUBJECT, "--recipe", "coco_smoke", "--data", parts["coco_same"],
                   *sets(**{**OVERFIT, **more}))  # fmt: skip
     assert done.exit_code == 0, done.stderr
@@ -210,8 +226,8 @@ def test_mask_rcnn_learns_four_images(parts, invoke, tmp_path):
 
 @pytest.mark.slow
 def test_upernet_learns_four_images(parts, invoke):
-    """Of four images and five categories; patches of 4 pixels, since those of 16 see little in so small an image."""
-    more = {"science__iterations": 200, "science__crop": 48, "science__stride": 48, "science__optim__lr": 2e-3}
+    """At 8 x 8 tokens an image; all losses are on 32 x 32 pixels, which is what makes it quick."""
+    more = {"science__iterations": 200, "science__crop": 32, "science__stride": 32, "science__optim__lr": 2e-3}
     done = invoke("transfer", "ade20k", "untrained:vit_mini4", "--recipe", "ade20k_smoke", "--json",
                   "--data", parts["ade20k_same"], *sets(**{**OVERFIT, **more}))  # fmt: skip
     assert done.exit_code == 0, done.stderr

@@ -37,24 +37,22 @@ def coco_part(whole, out, train=4, val=3, same=False):
     return out
 
 
-def ade20k_part(whole, out, train=4, val=2, same=False, share=0.0):
-    """The first images of an ADE20K-like set with two categories or more, each on at least `share` of the pixels.
-
-    same: val is train.
-    """
+def ade20k_part(whole, out, train=4, val=2, same=False):
+    """The first images of an ADE20K-like set. same: val is train, and every class in an image is large there."""
     for split, count in (("training", train), ("validation", train if same else val)):
         source = "training" if same else split
-        for kind in ("images", "annotations"):
-            (out / kind / split).mkdir(parents=True)
-        maps = [p for p in sorted((whole / "annotations" / source).glob("*.png")) if smallest(p) >= share][:count]
-        for path in maps:
-            shutil.copy(path, out / "annotations" / split)
-            shutil.copy(whole / "images" / source / f"{path.stem}.jpg", out / "images" / split)
+        maps = sorted((whole / "annotations" / source).glob("*.png"))
+        stems = [path.stem for path in maps if not same or all_large(path)][:count]
+        for kind, end in (("images", ".jpg"), ("annotations", ".png")):
+            folder = out / kind / split
+            folder.mkdir(parents=True)
+            for stem in stems:
+                shutil.copy(whole / kind / source / f"{stem}{end}", folder)
     return out
 
 
-def smallest(path):
-    """The share of the pixels of a label map that its smallest category has."""
+def all_large(path):
+    """Whether each class of a label map has a tenth of its pixels, and all of them 0.7."""
     labels = np.asarray(Image.open(path))
-    _, counts = np.unique(labels[labels > 0], return_counts=True)
-    return counts.min() / labels.size if len(counts) > 1 else 0.0
+    shares = np.bincount(labels.ravel(), minlength=2) / labels.size
+    return shares[0] <= 0.3 and shares[1:][shares[1:] > 0].min() >= 0.1

@@ -27,7 +27,6 @@ from ..evaluate.run import to_ledger
 from ..ledger import Record, Scale
 from ..paths import home
 from ..recipe import Batch, digest
-from ..train.device import default_device
 from ..train.loop import fit, make_fabric, read_run
 from ..train.state import write_atomically, write_json
 from .protocol import TransferRecipe
@@ -80,11 +79,6 @@ class TransferJob:
     def __init__(self, recipe: TransferRecipe, subject: Subject, root: Path) -> None:
         s = recipe.science
         self.task = importlib.import_module(f".{s.protocol}", __package__)
-        if default_device().type == "cpu":
-            if recipe.machine.precision == "bf16":
-                raise UserError("precision bf16: mmengine's mixed precision needs a GPU; on a CPU use 32")
-            if recipe.machine.precision == "auto":
-                recipe.machine.precision = "32"
         self.recipe, self.science, self.machine, self.subject = recipe, s, recipe.machine, subject
         self.kind, self.optim, self.seed, self.batch_size = s.protocol, s.optim, s.seed, s.batch_size
         self.depth, self.label = subject.encoder.arch.depth, f"{s.protocol} {subject.method} {subject.arch}"
@@ -127,12 +121,6 @@ class TransferJob:
             model.init_weights()
         return model
 
-    def normalised_together(self) -> int:
-        """Images that a BatchNorm of the model normalises as one: the whole batch where there is none."""
-        batch, on_gpu = self.batch(), default_device().type == "cuda"
-        normed = "BN'" in str(self.task.model(self.science, self.subject, self.machine, True))
-        return batch.micro * (batch.world if on_gpu else 1) if normed else batch.total
-
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """Where mm libraries look names up: mmdet or mmseg; quietly."""
@@ -142,7 +130,7 @@ class TransferJob:
             yield
 
     def flops_per_image(self) -> None:
-        """Not known before: what the heads compute depends on what they find. The runner counts its first pass."""
+        """Not before the first iteration, which counts it: what the heads compute depends on what they find there."""
 
     def info(self) -> dict[str, Any]:
         return {
@@ -175,11 +163,6 @@ def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console:
     job = TransferJob(recipe, open_subject(run, recipe.science.seed), root)
     folder = home() / "runs" / job.folder_name
     console.print(f"{folder}: batch {job.batch()}, {job.total(job.batch_size)} iterations, {len(job.train)} images")
-    if (seen := job.normalised_together()) < job.batch_size:
-        console.print(
-            f"note: BatchNorm in the heads sees {seen} of a batch's {job.batch_size} images at a time here; a result "
-            f"may differ from that of a device, or several GPUs, that take the whole batch"
-        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = fit(job, folder, console, by=importlib.import_module(".runner", __package__).train)  # type: ignore[arg-type]

@@ -19,12 +19,13 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from .. import provenance
 from ..data.loader import epoch_order, host_seed, seed_of
-from ..errors import Interrupted, RunFailed
+from ..errors import Interrupted, RunFailed, UserError
 from ..recipe import Batch
 from ..train.guard import Signals
 from ..train.loop import Run
@@ -33,7 +34,12 @@ from ..train.optim import layer_groups
 from ..train.state import newest_checkpoint, save_checkpoint, sha256_file
 from .protocol import Optim
 
-PRECISION = {"bf16": "bfloat16", "16": "float16"}
+CPU_ATTENTION = {  # which torch's counter knows on GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 
 
 class Order:
@@ -69,6 +75,23 @@ class Drawn(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         with host_seed(seed_of("views", self.seed, *key)):
             return self.data[key[1]]
+
+
+@OPTIM_WRAPPERS.register_module(name="SslbenchBf16")
+class Bf16(OptimWrapper):
+    """bfloat16, on CPUs too, where mmengine's own wrapper refuses; it has float32's range, so no loss is scaled."""
+
+    @contextlib.contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        with super().optim_context(model), torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+            yield
+
+
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "32": {"type": "OptimWrapper"},
+    "bf16": {"type": "SslbenchBf16"},
+    "16": {"type": "AmpOptimWrapper", "dtype": "float16", "loss_scale": "dynamic"},
+}
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module(name="SslbenchLayerDecay")
@@ -115,7 +138,7 @@ class Loop(IterBasedTrainLoop):
     ) -> None:
         super().__init__(runner, dataloader, max_iters, val_interval=max_iters + 1)
         self.accumulation, self.seed, self.wait_s = accumulation, seed, 0.0
-        self.flops = 0  # of the first forward and backward pass; the others are about as much
+        self.flops_per_image: float | None = None
         self._iter = first  # the data loader starts there too
 
     def run(self) -> nn.Module:
@@ -133,10 +156,12 @@ class Loop(IterBasedTrainLoop):
                 began = time.perf_counter()
                 batch = next(self.dataloader_iterator)
                 self.wait_s += time.perf_counter() - began
-                counter = FlopCounterMode(display=False)
-                with contextlib.nullcontext() if self.flops else counter:
+                if self.flops_per_image is None:  # the first iteration says, for all of them
+                    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                        outputs = model.train_step(batch, optim_wrapper=wrapper)
+                    self.flops_per_image = counter.get_total_flops() / len(batch["inputs"])
+                else:
                     outputs = model.train_step(batch, optim_wrapper=wrapper)
-                self.flops = self.flops or counter.get_total_flops()
             call("after_train_iter", batch_idx=self._iter, data_batch=None, outputs=outputs)
             self._iter += 1
         call("after_train_epoch")
@@ -160,6 +185,7 @@ class Keeper(Hook):
             runner.optim_wrapper.load_state_dict(self.state["optimizer"])
             for scheduler, state in zip(runner.param_schedulers, self.state["schedulers"], strict=True):
                 scheduler.load_state_dict(state)
+            runner.train_loop.flops_per_image = self.state.get("flops_per_image")
         if self.run.fabric.is_global_zero:
             self.metrics = Metrics(self.run.folder, runner.iter, self.run.job.machine.tensorboard)
         self.task = self.bar.add_task(self.run.label, total=runner.max_iters, completed=runner.iter, note="")
@@ -169,14 +195,13 @@ class Keeper(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         run, machine, total = self.run, self.run.job.machine, runner.max_iters
-        run.steps = batch_idx + 1
-        run.flops_per_image = runner.train_loop.flops / self.batch.micro
+        run.steps, run.flops_per_image = batch_idx + 1, runner.train_loop.flops_per_image
         self.running.add(outputs)
         self.watch.images += self.batch.total
         last = run.steps == total
         save = last or self.signals.received or run.steps % self.save_every == 0
         if save or run.steps % machine.log_every == 0:
-            means = self.running.means()
+            means = self.running.means(run.fabric)
             if not math.isfinite(means["loss"]):
                 raise RunFailed(
                     f"the loss is not finite at or before iteration {run.steps}; the newest checkpoint is from before "
@@ -201,6 +226,7 @@ class Keeper(Hook):
                 "optimizer": runner.optim_wrapper.state_dict(),
                 "schedulers": [s.state_dict() for s in runner.param_schedulers],
                 "cost": {k: v for k, v in self.run.costs().items() if k in ("wall_s", "images_seen")},
+                "flops_per_image": self.run.flops_per_image,
             }
             save_checkpoint(self.run.checkpoints, self.run.steps, state)
             self.run.write("running")
@@ -225,6 +251,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
     first, state = newest_checkpoint(run.checkpoints) or (0, None)
     if state:
         run.cost, run.resumed = state["cost"], run.resumed + 1
+    warn(job, model, batch, console)
     run.begin(data.fingerprint, total, per_epoch)
     run.steps = first
     loader = DataLoader(
@@ -236,11 +263,6 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
         pin_memory=fabric.device.type == "cuda",
         multiprocessing_context="forkserver" if machine.workers else None,
     )
-    precision = PRECISION.get(str(machine.precision))
-    wrapper: dict[str, Any] = {"type": "OptimWrapper"}
-    if precision:
-        scale: Any = "dynamic" if precision == "float16" else 1.0  # bfloat16 has float32's range
-        wrapper = {"type": "AmpOptimWrapper", "dtype": precision, "loss_scale": scale}
     save_every = machine.saves_every(per_epoch, total)
     with progress_bar(console, progress) as bar:
         runner = make_runner(
@@ -252,7 +274,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
                 "type": Loop, "max_iters": total, "accumulation": batch.accumulation, "first": first, "seed": seed,
             },
             optim_wrapper={
-                **wrapper,
+                **WRAPPERS[machine.precision],  # which `run.begin` made definite
                 "accumulative_counts": batch.accumulation,
                 "constructor": "SslbenchLayerDecay",
                 "paramwise_cfg": {"depth": job.depth, "optim": o},
@@ -267,12 +289,32 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
     fabric.barrier()
 
 
+def warn(job: Any, model: nn.Module, batch: Batch, console: Any) -> None:
+    """Say where BatchNorm's statistics are not those of the recipe's batch; UserError where it cannot compute any."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    synchronised = any(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    seen = batch.micro * batch.world if synchronised else batch.micro
+    if norms and seen == 1 and job.kind == "ade20k":
+        raise UserError(
+            f"UPerNet's BatchNorm pools an image to one pixel, so it needs two images or more a device, not {batch}: "
+            f"raise science.batch_size or machine.micro_batch"
+        )
+    if norms and (seen == 1 or seen < batch.total):
+        console.print(
+            f"warning: BatchNorm in the heads sees {seen} image(s) at a time, not the batch of {batch.total}; "
+            f"a run with more images a device will give other numbers"
+        )
+
+
 def make_runner(folder: Path, model: nn.Module, fabric: Any, **more: Any) -> Runner:
     """mmengine's Runner without what the suite does itself: logging to the console, checkpoints, seeds."""
     on_gpu = fabric.device.type == "cuda"
     ours = ("runtime_info", "timer", "sampler_seed", "logger", "checkpoint")
-    wrapper: dict[str, Any] = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
-    wrapper["device_ids"] = [fabric.device.index] if on_gpu else None  # mmengine's default is a GPU's
+    wrapper = {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "device_ids": [fabric.device.index] if on_gpu else None,
+    }
     return Runner(
         model=model,
         work_dir=str(folder / "mmengine"),
