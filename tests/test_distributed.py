@@ -94,24 +94,43 @@ def test_what_two_processes_saved_one_or_four_finish(name, world, trained):
     same(trained / "2" / name, folder, name)
 
 
-def test_when_one_process_is_killed_all_stop_and_the_same_command_resumes(tmp_path, environment):
+def test_a_signal_or_a_death_in_one_process_stops_all_and_the_same_command_resumes(tmp_path, environment):
     command = [sys.executable, "-m", "sslbench", "pretrain", "ocl", "--recipe", "ocl_smoke", "--batch-size", "32",
-               "--epochs", "0.4", "--devices", "2", "--set", "machine.save_every=5",
+               "--epochs", "0.48", "--devices", "2", "--set", "machine.save_every=5",
+               "--set", "machine.log_every=1",
                "--set", "machine.tensorboard=false", "--set", "science.method.gather_negatives=true"]  # fmt: skip
     env = environment(tmp_path, {"OMP_NUM_THREADS": "1"})
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-    while not (saved := list(tmp_path.glob("runs/*/checkpoints/step_*.sha256"))):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+
+    def start():
+        return subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+
+    def wait_for_more(process):
+        """Until there is a checkpoint that was not there."""
+        before = set(tmp_path.glob("runs/*/checkpoints/step_*.sha256"))
+        while not set(tmp_path.glob("runs/*/checkpoints/step_*.sha256")) - before:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+
+    def facts():
+        (path,) = tmp_path.glob("runs/*/run.json")
+        run = json.loads(path.read_text())
+        return run["status"], run["step"], run["resumed"]
+
+    process = start()
+    wait_for_more(process)
+    process.send_signal(signal.SIGUSR1)  # to the first alone
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "SIGUSR1 after step" in said, said
+    status, stopped, _ = facts()
+    assert status == "interrupted" and 5 <= stopped < 60
+
+    process = start()
+    wait_for_more(process)
     child = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0]
-    began = time.monotonic()
     os.kill(int(child), signal.SIGKILL)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and time.monotonic() - began < 60
-    assert "another process of this run has died" in said and "Traceback" not in said
-    run = json.loads((saved[0].parents[1] / "run.json").read_text())
-    assert run["status"] == "failed" and 5 <= run["step"] < 50
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    run = json.loads((saved[0].parents[1] / "run.json").read_text())
-    assert (run["status"], run["step"], run["resumed"]) == ("finished", 50, 1)
+    assert process.returncode == 1 and "another process of this run has died" in said and "Traceback" not in said
+    assert facts()[0] == "failed" and stopped < facts()[1] < 60
+
+    _, said = (process := start()).communicate(timeout=200)
+    assert process.returncode == 0 and facts() == ("finished", 60, 2), said

@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 
@@ -34,7 +35,7 @@ class FiniteGuard:
 
 
 class Signals:
-    """SIGINT and SIGTERM ask for a stop; the loop saves and leaves after the step that it is in."""
+    """SIGINT, SIGTERM and SIGUSR1 (a cluster's warning) ask for a stop: the loop saves and leaves after a step."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -46,12 +47,25 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self._before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: whoever runs us handles signals
                 break
         return self
+
+    def asked(self, fabric: Fabric, together: bool) -> bool:
+        """Whether to stop now. Several processes agree on it, and do so only where all say `together`, at log steps."""
+        if fabric.world_size == 1:
+            return self.received is not None
+        if not together:
+            return False
+        count: Any = fabric.all_reduce(
+            torch.tensor(float(self.received is not None), device=fabric.device), reduce_op="sum"
+        )
+        if count.item() and not self.received:
+            self.received = "a signal to another process"
+        return bool(self.received)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():

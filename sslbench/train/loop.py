@@ -255,7 +255,8 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
 
             last = run.steps == total
             log = last or run.steps % machine.log_every == 0
-            save = last or signals.received or run.steps % save_every == 0
+            stop = signals.asked(fabric, log)
+            save = last or stop or run.steps % save_every == 0
             # Only here does the host wait for the device (a CPU keeps nobody waiting).
             if (log or save or fabric.device.type == "cpu") and guard.tripped():
                 raise RunFailed(
@@ -274,7 +275,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             bar.update(task, completed=run.steps)
             if save:
                 run.save(method, optimizer, loader)
-            if signals.received and not last:
+            if stop and not last:
                 raise Interrupted(f"{signals.received} after step {run.steps} of {total}; the same command resumes")
     if metrics:
         metrics.close()

@@ -199,8 +199,10 @@ class Keeper(Hook):
         self.running.add(outputs)
         self.watch.images += self.batch.total
         last = run.steps == total
-        save = last or self.signals.received or run.steps % self.save_every == 0
-        if save or run.steps % machine.log_every == 0:
+        log = run.steps % machine.log_every == 0
+        stop = self.signals.asked(run.fabric, log)
+        save = last or stop or run.steps % self.save_every == 0
+        if save or log:
             means = self.running.means(run.fabric)
             if not math.isfinite(means["loss"]):
                 raise RunFailed(
@@ -214,7 +216,7 @@ class Keeper(Hook):
         self.bar.update(self.task, completed=run.steps)
         if save:
             self._save(runner)
-        if self.signals.received and not last:
+        if stop and not last:
             raise Interrupted(
                 f"{self.signals.received} after iteration {run.steps} of {total}; the same command resumes"
             )
