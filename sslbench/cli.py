@@ -156,6 +156,7 @@ def plan(
     nodes: Nodes = None,
     precision: Precision = None,
     on: Annotated[str | None, typer.Option(help="Another machine, such as A100x4: from FLOPs, not measured.")] = None,
+    link: Annotated[str | None, typer.Option(help="Between devices, such as 100Gb/s: their scaling, on paper.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="To calibrate for, about.")] = 20.0,
     as_json: Json = False,
 ) -> None:
@@ -171,7 +172,7 @@ def plan(
         science={"arch": arch, "data": {"spec": data}, "epochs": epochs, "batch_size": batch_size},
         machine={"devices": devices, "nodes": nodes, "precision": precision},
     )
-    answer(as_json, run(resolved, seconds, on, console(as_json)))
+    answer(as_json, run(resolved, seconds, on, console(as_json), link))
 
 
 EvalData = Annotated[str | None, typer.Option("--data", help="Labelled data; the run's own if left out.")]

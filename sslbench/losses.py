@@ -126,12 +126,17 @@ class _Gather(torch.autograd.Function):
         return grad[dist.get_rank() * size :][:size]
 
 
+gathered: list[tuple[int, int]] | None = None  # where a list: (rows, bytes) of each tensor to gather, for the plan
+
+
 def gather(x: Tensor) -> tuple[Tensor, int]:
     """All devices' rows of `x`, in rank order, and the index of this device's first row among them.
 
     Differentiable: with the mean over devices that data parallelism takes of the gradients, a loss averaged over
     local rows against gathered columns has the gradient of the whole batch's loss. One process: `x, 0`.
     """
+    if gathered is not None:
+        gathered.append((len(x), x.nbytes))
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x, 0
     return _Gather.apply(x), dist.get_rank() * x.shape[0]

@@ -24,7 +24,7 @@ from .recipe import Batch, Recipe
 from .train.device import bf16_is_fast, default_device
 from .train.job import Job
 from .train.loop import fit, read_run
-from .train.meter import flops_per_image
+from .train.meter import build, flops_per_image
 from .train.state import KEEP
 
 # Dense peaks in TFLOP/s of bf16 (V100, T4: fp16), from the vendors' data sheets.
@@ -51,17 +51,25 @@ class Calibration:
     data: str
 
 
-def plan(recipe: Recipe, seconds: float, on: str | None, console: Console) -> dict[str, Any]:
+def plan(recipe: Recipe, seconds: float, on: str | None, console: Console, link: str | None = None) -> dict[str, Any]:
     """Print and return what the run will take: {"hours", "device_hours", "peak_memory_gib", "disk_gib", ...}.
 
     `seconds`: about how long to calibrate for. Where a step of the recipe is too long for that, the steps are of fewer
-    images and time and memory are scaled, which the answer says. `on`: DEVICExN, from FLOPs alone.
+    images and time and memory are scaled, which the answer says. `on`: DEVICExN, from FLOPs alone. `link`: the rate at
+    which devices send to each other, such as 100Gb/s, for the speed of all of them on paper.
     """
     batch, s, m = Batch.of(recipe), recipe.science, recipe.machine
     (_, per_epoch, steps), flops = length(recipe), flops_per_image(recipe)
     answer: dict[str, Any] = {"method": recipe.method, "arch": s.arch, "epochs": s.epochs, "steps": steps,
                               "batch": str(batch), "flops": flops * steps * batch.total}  # fmt: skip
+    rate = _rate(link) if link else None
+    if batch.world > 1:
+        answer["bytes_sent_per_step"] = bytes_sent(recipe, batch)
+    elif link:
+        raise UserError("--link is for several devices: give --devices too")
     if on:
+        if link:
+            raise UserError("--link goes with what is measured on this machine; leave --on out")
         return _elsewhere(answer, on, console)
     spec, there = _at_hand(s.data.spec)
     mine = batch.total // batch.world  # images a step on one device
@@ -90,6 +98,8 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console) -> di
         "hardware": provenance.hardware(default_device().type, batch.world),
     }
     _show(answer, batch, console)
+    if batch.world > 1:
+        _scaling(answer, batch, a.step_s * scale, rate, console)
     return answer
 
 
@@ -159,6 +169,48 @@ def _read(folder: Path, batch: int, data: str) -> Calibration:
 def device_hours(flops: float, device: str) -> float:
     """Of one such device, at the assumed share of its peak: not measured."""
     return flops / (PEAK_TFLOPS[device] * 1e12 * SHARE) / 3600
+
+
+def bytes_sent(recipe: Recipe, batch: Batch) -> float:
+    """What a device sends in one step, in rings: the mean of all gradients, and what is gathered and comes back.
+
+    A mean over N devices costs each of them 2 (N - 1) / N times its size, a gathering N - 1 times its own part.
+    """
+    from . import losses
+
+    losses.gathered = []
+    try:
+        flops_per_image(recipe)  # on shapes alone, of two images
+        found = losses.gathered
+    finally:
+        losses.gathered = None
+    with torch.device("meta"):
+        gradients = sum(p.nbytes for p in build(recipe).parameters() if p.requires_grad)
+    images = batch.micro * batch.passes  # that one loss has of a device; BatchNorm gathers one row of statistics
+    mine = batch.accumulation * sum(size / 2 * images if rows == 2 else size for rows, size in found)
+    n = batch.world
+    return 2 * (n - 1) / n * (gradients + n * mine) + (n - 1) * mine
+
+
+def _rate(link: str) -> float:
+    """100Gb/s -> bytes a second."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])(b|B)(?:it|yte)?(?:/s|ps)?", link)
+    if not found or not float(found[1]):
+        raise UserError(f"--link {link}: expected a rate such as 100Gb/s (bits) or 12GB/s (bytes)")
+    return float(found[1]) * {"G": 1e9, "M": 1e6}[found[2]] / (8 if found[3] == "b" else 1)
+
+
+def _scaling(answer: dict[str, Any], batch: Batch, step_s: float, rate: float | None, console: Console) -> None:
+    sent = answer["bytes_sent_per_step"]
+    console.print(f"sent       {sent / 2**20:,.1f} MiB a device and step, on paper")
+    if rate is None:
+        return
+    share = step_s / (step_s + sent / rate)
+    answer["on_paper"] = {"link_bytes_per_s": rate, "step_s": step_s, "sending_s": sent / rate, "efficiency": share}
+    console.print(
+        f"scaling    on paper: a step takes {step_s:.3g} s, measured, and sends for {sent / rate:.3g} s at "
+        f"{rate / 1e9:g} GB/s: {batch.world} devices do {share * batch.world:.2f} times one's work ({share:.0%}), more where the two overlap"
+    )
 
 
 def _elsewhere(answer: dict[str, Any], on: str, console: Console) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from sslbench.plan import PEAK_TFLOPS, SHARE
+from sslbench.pretrain import compose
+from sslbench.train.meter import build
 
 RUN = ["mae", "--data", "builtin", "--recipe", "mae_smoke", "--epochs", "2"]
 
@@ -43,9 +45,37 @@ def test_another_machine_is_planned_from_flops_and_says_so(invoke):
         (["ocl", "--on", "abacus"], "DEVICExN"),
         (["ocl", "--on", "A100x4x4"], "DEVICExN"),
         (["oci"], "ocl"),
+        (["ocl", "--link", "100Gb/s"], "--devices"),
+        (["ocl", "--devices", "4", "--link", "fast"], "100Gb/s"),
         (["mae", "--data", "builtin", "--batch-size", "5000"], "more than the 4000 images"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(invoke, args, says):
     done = invoke("plan", *args)
     assert done.exit_code == 2 and says in done.output + done.stderr
+
+
+def test_what_devices_send_each_other_is_planned_on_paper(invoke):
+    args = [
+        "plan",
+        "ocl",
+        "--recipe",
+        "ocl_smoke",
+        "--batch-size",
+        "32",
+        "--devices",
+        "4",
+        "--link",
+        "8Mb/s",
+        "--seconds",
+    ]
+    done = invoke(*args, "1", "--set", "science.method.gather_negatives=true", "--json")
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    gradients = 4 * sum(p.numel() for p in build(compose("ocl", recipe="ocl_smoke")).parameters() if p.requires_grad)
+    features = 2 * 8 * 192 * 4  # m and n of 8 images a device, 192 wide, float32
+    assert answer["bytes_sent_per_step"] == pytest.approx(1.5 * (gradients + 4 * features) + 3 * features)
+    paper = answer["on_paper"]
+    assert paper["sending_s"] == pytest.approx(answer["bytes_sent_per_step"] / 1e6)
+    assert paper["efficiency"] == pytest.approx(paper["step_s"] / (paper["step_s"] + paper["sending_s"]))
+    assert "on paper" in done.stderr
