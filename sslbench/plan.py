@@ -209,7 +209,8 @@ def _scaling(answer: dict[str, Any], batch: Batch, step_s: float, rate: float | 
     answer["on_paper"] = {"link_bytes_per_s": rate, "step_s": step_s, "sending_s": sent / rate, "efficiency": share}
     console.print(
         f"scaling    on paper: a step takes {step_s:.3g} s, measured, and sends for {sent / rate:.3g} s at "
-        f"{rate / 1e9:g} GB/s: {batch.world} devices do {share * batch.world:.2f} times one's work ({share:.0%}), more where the two overlap"
+        f"{rate / 1e9:g} GB/s:\n           {batch.world} devices do {share * batch.world:.2f} times one's work "
+        f"({share:.0%}), more where the two overlap"
     )
 
 
