@@ -93,21 +93,23 @@ def test_export_for_timm_gives_the_same_features(trained, run_sslbench):
         torch.testing.assert_close(model.forward_features(x), encoder(x), atol=1e-5, rtol=0)
 
 
-def test_report_list_doctor_and_data_check(trained, run_sslbench):
+def test_report_list_doctor_and_data_check(trained, invoke, monkeypatch):
     home, _ = trained
-    run_sslbench("eval", "knn", home=home)
-    done = run_sslbench("report", "--json", home=home)
-    assert done.returncode == 0, done.stderr
-    assert "<html" in (home / last_json(done)["report"]).read_text()
+    monkeypatch.chdir(home)
+
+    def run(*args):
+        done = invoke(*args, "--json")
+        assert done.exit_code == 0, done.stderr
+        return last_json(done)
+
+    run("eval", "knn")
+    assert "<html" in (home / run("report")["report"]).read_text()
     for what in ("methods", "recipes", "archs", "tables", "runs"):
-        done = run_sslbench("list", what, "--json", home=home)
-        assert done.returncode == 0 and isinstance(last_json(done), list), done.stderr
-    assert {m["method"] for m in last_json(run_sslbench("list", "methods", "--json", home=home))} >= {"ocl", "mae"}
-    done = run_sslbench("doctor", "--json", home=home)
-    assert done.returncode == 0 and last_json(done)["torchvision_operators"] is True
-    done = run_sslbench("data", "check", "builtin", "--json", home=home)
-    assert done.returncode == 0 and last_json(done)["splits"]["train"]["images"] == 4000
-    assert run_sslbench("data", "list", home=home).returncode == 0
+        assert isinstance(run("list", what), list)
+    assert {m["method"] for m in run("list", "methods")} >= {"ocl", "mae"}
+    assert run("doctor")["torchvision_operators"] is True
+    assert run("data", "check", "builtin")["splits"]["train"]["images"] == 4000
+    assert invoke("data", "list").exit_code == 0
 
 
 def test_bench_measures_every_method_against_the_matmul_peak_each_with_its_own_memory(run_sslbench, tmp_path):

@@ -1,18 +1,20 @@
 """What keeps a step fast: nothing waits for the device, and a compiled step is one graph, made once."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from rich.console import Console
-from tiny import METHODS, make, step
+from tiny import METHODS, TINY, make, step
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from sslbench.pretrain import compose
 from sslbench.provenance import EnergyMeter
 from sslbench.train.loop import pretrain
+from sslbench.vit import ARCHS
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::_to_cpu")  # on a GPU these wait for it
 
@@ -53,6 +55,26 @@ def ancestors(event):
     while event := event.cpu_parent:
         names.append(event.name)
     return names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "tolerance"), [("machine.precision=bf16", 0.02), ("machine.compile=true", 0.002)])
+def test_bf16_and_compilation_leave_the_loss_curve_and_the_hash_as_they_are(how, tolerance, tmp_path, monkeypatch):
+    """200 steps of MAE on a ViT of two blocks, the loss averaged over ten steps each."""
+    if "compile" in how and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    monkeypatch.setitem(ARCHS, "tiny", TINY)
+    curves, hashes = [], set()
+    for name, more in (("plain", "machine.precision=32"), ("other", how)):
+        sets = ["science.arch=tiny", "science.data.image_size=32", "science.batch_size=16", "science.epochs=0.8",
+                "machine.precision=32", more, "machine.tensorboard=false", "machine.log_every=10"]  # fmt: skip
+        recipe = compose("mae", recipe="mae_smoke", sets=sets)
+        hashes.add(recipe.hash())
+        pretrain(recipe, tmp_path / name, Console(quiet=True), progress=False)
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        curves.append([line["loss"] for line in lines if "loss" in line])
+    assert len(hashes) == 1 and len(curves[0]) == 20 and curves[0][-1] < 0.9 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=tolerance)
 
 
 def test_bench_against_a_command_takes_turns_and_gives_the_ratio(invoke, tmp_path):
