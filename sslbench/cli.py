@@ -14,6 +14,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from .errors import Interrupted, RunFailed, UserError
+from .train.launch import first_process
 
 
 class Group(TyperGroup):
@@ -64,19 +65,13 @@ Run = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to write to.")]
 
 
-def _first_process() -> bool:
-    """Of the processes of one distributed run, the one that talks."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return next((rank for rank in ranks if rank is not None), "0") == "0"
-
-
 def console(as_json: bool = False) -> Console:
     """Where a command talks: standard output, unless that belongs to JSON."""
-    return Console(stderr=as_json, highlight=False, soft_wrap=True, quiet=not _first_process())
+    return Console(stderr=as_json, highlight=False, soft_wrap=True, quiet=not first_process())
 
 
 def answer(as_json: bool, value: Any) -> None:
-    if as_json and _first_process():
+    if as_json and first_process():
         print(json.dumps(value))
 
 

@@ -134,3 +134,43 @@ def test_a_signal_or_a_death_in_one_process_stops_all_and_the_same_command_resum
 
     _, said = (process := start()).communicate(timeout=200)
     assert process.returncode == 0 and facts() == ("finished", 60, 2), said
+
+
+SRUN = {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "4711"}
+
+
+def test_what_srun_started_is_one_run_that_talks_and_scores_once(tmp_path, environment):
+    command = [sys.executable, "-m", "sslbench", "eval", "finetune", "untrained:vit_mini4@16", "--data", "builtin",
+               "--recipe", "finetune_smoke", "--set", "science.epochs=0.05", "--json"]  # fmt: skip
+    tasks = []
+    for i in "01":
+        env = environment(tmp_path, {**SRUN, "OMP_NUM_THREADS": "1", "SLURM_PROCID": i, "SLURM_LOCALID": i})
+        tasks.append(subprocess.Popen(command, cwd=tmp_path, env=env, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
+    (out, said), (nothing, _) = (task.communicate(timeout=200) for task in tasks)
+    assert [task.returncode for task in tasks] == [0, 0], said
+    (line,) = (tmp_path / "results/ledger/untrained.jsonl").read_text().splitlines()
+    assert json.loads(out) == json.loads(line) and json.loads(line)["hardware"]["devices"] == 2 and not nothing
+
+
+@pytest.mark.parametrize(
+    ("env", "args", "says"),
+    [
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "RANK": "0"},
+            ["--devices", "4"],
+            "torchrun started 2 process(es) on each of 2 machine(s)",
+        ),
+        ({**SRUN, "SLURM_PROCID": "0"}, ["--devices", "3"], "give --devices 2 --nodes 1"),
+        ({**SRUN, "SLURM_PROCID": "1"}, ["--devices", "3"], ""),  # the first has said it
+        ({**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "3", "SLURM_NNODES": "2"}, [], "3 processes on 2 machines"),
+        ({}, ["--nodes", "2"], "torchrun or srun"),
+    ],
+)
+def test_what_started_the_processes_and_what_the_recipe_says_must_agree(env, args, says, invoke, monkeypatch, tmp_path):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    done = invoke("pretrain", "mae", "--recipe", "mae_smoke", *args)
+    assert done.exit_code == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert says or not done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -28,6 +28,7 @@ from ..recipe import (
 )
 from ..stats import mean_interval
 from ..train.device import default_device
+from ..train.launch import alone, launched
 from ..train.loop import fit, read_run
 from ..train.state import sha256_file, write_json
 from .features import Subject, both_splits, extract, find_weights, newest_run, open_subject
@@ -87,6 +88,8 @@ def evaluate_named(
         console.print(f"the newest finished run: {run}")
     if seeds > 1 and protocol in ("knn", "robustness") and not run.startswith("untrained:"):
         raise UserError(f"--seeds {seeds}: {protocol} draws nothing, so every seed would give the same number")
+    if seeds > 1 and (launched() or recipe.machine.devices * recipe.machine.nodes > 1):
+        raise UserError(f"--seeds {seeds} is for one process; on several devices give one --seed after the other")
     first, main = seed or 0, []
     for s in range(first, first + seeds):
         records = evaluate(recipe, run, data, s if seeds > 1 else seed, console=console)
@@ -173,6 +176,8 @@ def _train_and_score(recipe: EvalRecipe, run: str, data: str | None, seed: int |
     job: LabelledJob = kind(recipe, subject, spec, train, s.pool or subject.pool, seed)  # type: ignore[union-attr]
     folder = home() / "runs" / job.folder_name
     fit(job, folder, console)
+    if not alone():
+        raise SystemExit(0)
     info = read_run(folder)
     if "record" in info:
         console.print(f"{folder} is finished: the number below is the one it has in the ledger")

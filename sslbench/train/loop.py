@@ -29,6 +29,7 @@ from .device import bf16_is_fast, default_device, keep_freed_memory
 from .diagnose import CollapseMeters, term_gradients
 from .guard import FiniteGuard, Signals
 from .job import Job
+from .launch import agree, environment
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
 from .state import newest_checkpoint, save_checkpoint, sha256_file, write_atomically, write_json
@@ -80,6 +81,7 @@ def make_fabric(machine: Machine) -> Fabric:
             num_nodes=machine.nodes,
             # Buffers (memory banks, BatchNorm's statistics) are computed alike, or not read: none is sent.
             strategy=DDPStrategy(broadcast_buffers=False) if machine.devices * machine.nodes > 1 else "auto",
+            plugins=[environment()],
             precision=precision,  # type: ignore[arg-type]
         )
 
@@ -99,6 +101,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
     check_same(job, previous, folder)
     if previous.get("status") == "finished":
         return "already finished"
+    agree(job.machine)
     batch = job.batch()
     data = job.data()
     if len(data) < batch.total:

@@ -27,6 +27,7 @@ from ..evaluate.run import to_ledger
 from ..ledger import Record, Scale
 from ..paths import home
 from ..recipe import Batch, digest
+from ..train.launch import alone
 from ..train.loop import fit, make_fabric, read_run
 from ..train.state import write_atomically, write_json
 from .protocol import TransferRecipe
@@ -166,7 +167,7 @@ def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = fit(job, folder, console, by=importlib.import_module(".runner", __package__).train)  # type: ignore[arg-type]
-        if not _alone():
+        if not alone():
             return {}
         info = read_run(folder)
         if "records" in info:
@@ -178,15 +179,6 @@ def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console:
     for r in records:
         console.print(f"{r.metric:10} {r.value:6.2f} %  {r.dataset}, n={r.n}, {r.protocol.name}")
     return records[0].model_dump(mode="json")
-
-
-def _alone() -> bool:
-    """Leave the processes that trained together; the first of them scores, by itself."""
-    if not torch.distributed.is_initialized():
-        return True
-    rank = torch.distributed.get_rank()
-    torch.distributed.destroy_process_group()
-    return rank == 0
 
 
 def score(job: TransferJob, folder: Path, info: dict[str, Any]) -> list[Record]:
