@@ -116,6 +116,9 @@ def pretrain(
     nodes: Nodes = None,
     precision: Precision = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile")] = None,
+    slurm: Annotated[
+        str | None, typer.Option(help="Submit a job: partition=gpu,nodes=2,gpus_per_node=8,time=MINUTES,...")
+    ] = None,
     out: Out = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, at no cost.")] = False,
     as_json: Json = False,
@@ -134,7 +137,7 @@ def pretrain(
     if dry_run:
         answer(as_json, dry(resolved, console(as_json)))
     else:
-        answer(as_json, start(resolved, out, console(as_json)))
+        answer(as_json, start(resolved, out, console(as_json), slurm))
 
 
 @app.command()

@@ -15,7 +15,11 @@ class RunFailed(Exception):
 
 
 class Interrupted(Exception):
-    """The run was stopped from outside and can be resumed; exit status 130."""
+    """The run was stopped from outside and can be resumed; exit status 130. requeue: by a cluster, to go on later."""
+
+    def __init__(self, message: str, requeue: bool = False) -> None:
+        super().__init__(message)
+        self.requeue = requeue
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

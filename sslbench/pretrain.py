@@ -108,8 +108,8 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
     return {**facts, "recipe": recipe.model_dump(mode="json")}
 
 
-def start(recipe: Recipe, out: Path | None, console: Console) -> dict[str, str]:
-    """Run it, in `--out` or in runs/<name>."""
+def start(recipe: Recipe, out: Path | None, console: Console, slurm: str | None = None) -> dict[str, str]:
+    """Run it, in `--out` or in runs/<name>; with `slurm`, sbatch's options, as a job of a cluster."""
     from .train.job import run_name
     from .train.loop import pretrain
 
@@ -117,6 +117,10 @@ def start(recipe: Recipe, out: Path | None, console: Console) -> dict[str, str]:
     console.print(
         f"{recipe.method} {recipe.science.arch} on {data_name(recipe.science.data.spec)}, recipe {recipe.name}"
     )
+    if slurm is not None:
+        from .train.slurm import submit
+
+        return submit(recipe, folder, slurm, console)
     status = pretrain(recipe, folder, Console(stderr=True, highlight=False))
     console.print(f"{status}: {folder}")
     return {"run": str(folder), "status": "finished" if status == "already finished" else status}

@@ -41,9 +41,15 @@ class Signals:
         self.received: str | None = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:  # a second one means now
+        if self.received and number == signal.SIGINT:  # a second Ctrl-C means now; a cluster sends several signals
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        if not self.requeue:
+            self.received = signal.Signals(number).name
+
+    @property
+    def requeue(self) -> bool:
+        """Whether a cluster asked, which will start the run again."""
+        return self.received == "SIGUSR1"
 
     def __enter__(self) -> Signals:
         self._before: dict[int, Any] = {}
@@ -60,12 +66,11 @@ class Signals:
             return self.received is not None
         if not together:
             return False
-        count: Any = fabric.all_reduce(
-            torch.tensor(float(self.received is not None), device=fabric.device), reduce_op="sum"
-        )
-        if count.item() and not self.received:
-            self.received = "a signal to another process"
-        return bool(self.received)
+        mine = (self.received is not None) + self.requeue  # 2: stop, and start again
+        most: Any = fabric.all_reduce(torch.tensor(float(mine), device=fabric.device), reduce_op="max")
+        if (found := most.item()) > mine:
+            self.received = "SIGUSR1" if found == 2 else "a signal to another process"
+        return found > 0
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():

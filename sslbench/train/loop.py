@@ -279,7 +279,8 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             if save:
                 run.save(method, optimizer, loader)
             if stop and not last:
-                raise Interrupted(f"{signals.received} after step {run.steps} of {total}; the same command resumes")
+                what = f"{signals.received} after step {run.steps} of {total}; the same command resumes"
+                raise Interrupted(what, signals.requeue)
     if metrics:
         metrics.close()
     run.finish(method)
@@ -379,7 +380,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             return json.loads(path.read_text())
         except ValueError as e:
             raise UserError(f"{path} is not readable ({e}); remove the folder or choose another with --out") from None
-    if folder.is_dir() and any(p.name not in (".lock", "recipe.yaml") for p in folder.iterdir()):
+    if folder.is_dir() and any(p.name not in (".lock", "recipe.yaml", "slurm") for p in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another folder with --out")
     return {}
 
