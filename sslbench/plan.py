@@ -14,17 +14,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from . import provenance
 from .bench import matmul_peak
 from .data import open_split
 from .errors import UserError, nearest
+from .method import Method
 from .pretrain import length
 from .recipe import Batch, Recipe
 from .train.device import bf16_is_fast, default_device
 from .train.job import Job
 from .train.loop import fit, read_run
-from .train.meter import build, flops_per_image
+from .train.meter import flops_per_image
+from .train.shard import shards, units
 from .train.state import KEEP
 
 # Dense peaks in TFLOP/s of bf16 (V100, T4: fp16), from the vendors' data sheets.
@@ -174,20 +178,29 @@ def device_hours(flops: float, device: str) -> float:
 def bytes_sent(recipe: Recipe, batch: Batch) -> float:
     """What a device sends in one step, in rings: the mean of all gradients, and what is gathered and comes back.
 
-    A mean over N devices costs each of them 2 (N - 1) / N times its size, a gathering N - 1 times its own part.
+    A mean over N devices costs each of them 2 (N - 1) / N times its size, a gathering N - 1 times its own part. Where
+    weights are sharded, the mean costs half of that, since each keeps its part; but each micro-batch gathers them, and
+    those of `shard.units` for each call and again for its backward pass.
     """
     from . import losses
 
     losses.gathered = []
+    called: list[tuple[nn.Module, bool]] = []  # and whether a backward pass comes back there
     try:
-        flops_per_image(recipe)  # on shapes alone, of two images
+        with register_module_forward_hook(lambda m, _, out: called.append((m, getattr(out, "requires_grad", False)))):
+            flops_per_image(recipe)  # on shapes alone, of two images
         found = losses.gathered
     finally:
         losses.gathered = None
-    with torch.device("meta"):
-        gradients = sum(p.nbytes for p in build(recipe).parameters() if p.requires_grad)
+    method = next(m for m, _ in called if isinstance(m, Method))
+    gradients: float = sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    if shards(Job(recipe), batch):
+        size = {m: sum(p.nbytes for p in m.parameters()) for m in (method, *units(method))}
+        whole = 2 * size[method] - sum(size.values())  # all but the units
+        parts = sum(size[m] * (2 if back else 1) for m, back in called if m in size and m is not method)
+        gradients = (gradients + batch.accumulation * (whole + parts)) / 2
     images = batch.micro * batch.passes  # that one loss has of a device; BatchNorm gathers one row of statistics
-    mine = batch.accumulation * sum(size / 2 * images if rows == 2 else size for rows, size in found)
+    mine = batch.accumulation * sum(n_bytes / 2 * images if rows == 2 else n_bytes for rows, n_bytes in found)
     n = batch.world
     return 2 * (n - 1) / n * (gradients + n * mine) + (n - 1) * mine
 

@@ -75,6 +75,7 @@ Precision = Annotated[Literal["auto", "32", "bf16", "16"], BeforeValidator(str)]
 class Machine(Strict):
     devices: int = Field(1, gt=0)
     nodes: int = Field(1, gt=0)
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # fsdp: weights in parts; auto: from vit_h14 on several devices
     precision: Precision = "auto"  # auto: bf16 where the device computes it faster, else 32
     # Images a forward pass; None: as many as the batch allows. Fewer than a loss compares: see train/cache.py.
     micro_batch: int | None = Field(None, gt=0)

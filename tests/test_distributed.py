@@ -12,6 +12,11 @@ import pytest
 from safetensors.torch import load_file
 from tiny import METHODS
 
+from sslbench.errors import UserError
+from sslbench.pretrain import compose
+from sslbench.train.job import Job
+from sslbench.train.shard import shards
+
 # All methods in turn in each process, on a ViT of two blocks: the processes' start is most of the time.
 TRAIN = """
 import sys
@@ -21,7 +26,7 @@ from sslbench.pretrain import compose
 from sslbench.train.loop import pretrain
 from sslbench.vit import ARCHS, Arch
 ARCHS["tiny"] = Arch(patch=8, dim=48, depth=2, heads=3, image=32)
-out, world, *names = sys.argv[1:]
+out, world, strategy, *names = sys.argv[1:]
 for name in names:
     sets = ["science.arch=tiny", "science.data.image_size=32", "science.batch_size=16", "science.epochs=0.08",
             "machine.precision=32", "machine.tensorboard=false", "machine.log_every=1", "machine.save_every=10"]
@@ -29,12 +34,15 @@ for name in names:
         sets.append("science.method.gather_negatives=true")
     if name == "mocov3":  # BatchNorm of features that are still much alike magnifies rounding: smaller steps
         sets.append("science.optim.lr=1e-5")
-    recipe = compose(name, recipe=f"{name}_smoke", sets=sets, machine={"devices": int(world)})
+    recipe = compose(name, recipe=f"{name}_smoke", sets=sets, machine={"devices": int(world), "strategy": strategy})
     for folder in (Path(out) / name, Path(f"resumed{out}") / name):
         if folder.parent.name == out or folder.is_dir():
             pretrain(recipe, folder, Console(quiet=True), progress=False)
 """
-RESUMED = ("ocl", "macrl")
+# A parameter without a dimension; parts of blocks that are called by themselves; a momentum encoder and its memory.
+SHARDED = ("ocl", "ccmim", "macrl")
+# What is copied when, to be finished by how many.
+RESUMED = {"2": [("1", "ocl"), ("4", "ocl"), ("4", "macrl"), ("fsdp", "ocl")], "fsdp": [("1", "macrl")]}
 
 
 def torchrun(world, *arguments, home, environment):
@@ -45,21 +53,30 @@ def torchrun(world, *arguments, home, environment):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, environment):
-    """WORLD/METHOD: runs of 20 steps, negatives gathered. resumedWORLD/METHOD: what 2 processes saved after 10 of them,
-    finished by that many."""
+    """WORLD/METHOD: runs of 20 steps, negatives gathered; fsdp: of 2 processes that shard. resumedWORLD/METHOD: what 2
+    processes saved after 10 of them, finished by WORLD; what 1 finishes of MACRL, these 2 sharded."""
     home = tmp_path_factory.mktemp("distributed")
     (home / "train.py").write_text(TRAIN)
-    for world in (2, 1, 4):
-        done = torchrun(world, "train.py", world, world, *METHODS, home=home, environment=environment)
+    for out in ("2", "fsdp", "1", "4"):
+        world, strategy = (2, "fsdp") if out == "fsdp" else (int(out), "ddp")
+        done = torchrun(
+            world,
+            "train.py",
+            out,
+            world,
+            strategy,
+            *(SHARDED if out == "fsdp" else METHODS),
+            home=home,
+            environment=environment,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-        for name in RESUMED if world == 2 else ():
-            for other in (1, 4):
-                folder = home / f"resumed{other}" / name
-                shutil.copytree(home / "2" / name, folder)
-                for path in (folder / "weights.safetensors", *folder.glob("checkpoints/step_000000020.*")):
-                    path.unlink()
-                info = json.loads((folder / "run.json").read_text())
-                (folder / "run.json").write_text(json.dumps({**info, "status": "running"}))
+        for to, name in RESUMED.get(out, ()):
+            folder = home / f"resumed{to}" / name
+            shutil.copytree(home / out / name, folder)
+            for path in (folder / "weights.safetensors", *folder.glob("checkpoints/step_000000020.*")):
+                path.unlink()
+            info = json.loads((folder / "run.json").read_text())
+            (folder / "run.json").write_text(json.dumps({**info, "status": "running"}))
     return home
 
 
@@ -75,20 +92,21 @@ def same(one, other, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_one_two_and_four_processes_end_with_the_same_weights(name, trained):
-    folders = [trained / str(world) / name for world in (1, 2, 4)]
+    folders = [trained / out / name for out in ("1", "2", "4", *(["fsdp"] if name in SHARDED else []))]
     for folder in folders[1:]:
         same(folders[0], folder, name)
+    if name in SHARDED:
+        assert "strategy: fsdp" in (folders[3] / "recipe.yaml").read_text()
     logs = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
     assert len(logs[0]) == 20
     for steps in zip(*logs, strict=True):
         for key in ("loss", "grad_norm"):  # Adam's weights do not show a gradient of another size
-            assert [s[key] for s in steps] == pytest.approx([steps[0][key]] * 3, rel=1e-3), steps[0]["step"]
+            assert [s[key] for s in steps] == pytest.approx([steps[0][key]] * len(folders), rel=1e-3), steps[0]["step"]
 
 
-@pytest.mark.parametrize("world", [1, 4])
-@pytest.mark.parametrize("name", RESUMED)
-def test_what_two_processes_saved_one_or_four_finish(name, world, trained):
-    folder = trained / f"resumed{world}" / name
+@pytest.mark.parametrize(("to", "name"), [x for copied in RESUMED.values() for x in copied])
+def test_what_two_processes_saved_one_or_four_finish_sharded_or_not(to, name, trained):
+    folder, world = trained / f"resumed{to}" / name, 2 if to == "fsdp" else int(to)
     info = json.loads((folder / "run.json").read_text())
     assert (info["status"], info["step"], info["resumed"], info["hardware"]["devices"]) == ("finished", 20, 1, world)
     same(trained / "2" / name, folder, name)
@@ -174,3 +192,29 @@ def test_what_started_the_processes_and_what_the_recipe_says_must_agree(env, arg
     assert done.exit_code == 2 and says in done.stderr and "Traceback" not in done.stderr
     assert says or not done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+SMALL = ["science.data.image_size=224", "science.method.gather_negatives=true", "machine.devices=2"]
+
+
+@pytest.mark.parametrize(
+    ("args", "sharded"),
+    [
+        (["science.arch=vit_h14"], True),
+        (["science.arch=vit_l16"], False),
+        (["science.arch=vit_h14", "machine.devices=1"], False),
+        (["science.arch=vit_h14", "machine.compile=true"], False),
+        (["science.arch=vit_h14", "machine.strategy=ddp"], False),
+        (["machine.strategy=fsdp"], True),
+        (["machine.strategy=fsdp", "machine.compile=true"], "machine.compile"),
+        (["machine.strategy=fsdp", "machine.micro_batch=8"], "gradient cache"),
+        (["machine.strategy=fsdp", "machine.precision=16"], "machine.precision=16"),
+    ],
+)
+def test_large_encoders_are_sharded_over_several_devices(args, sharded):
+    job = Job(compose("ocl", recipe="ocl_smoke", sets=[*SMALL, *args]))
+    if isinstance(sharded, bool):
+        assert shards(job, job.batch()) == sharded
+    else:
+        with pytest.raises(UserError, match=sharded):
+            shards(job, job.batch())

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from sslbench.plan import PEAK_TFLOPS, SHARE
+from sslbench.plan import PEAK_TFLOPS, SHARE, bytes_sent
 from sslbench.pretrain import compose
+from sslbench.recipe import Batch
 from sslbench.train.meter import build
 
 RUN = ["mae", "--data", "builtin", "--recipe", "mae_smoke", "--epochs", "2"]
@@ -79,3 +80,13 @@ def test_what_devices_send_each_other_is_planned_on_paper(invoke):
     assert paper["sending_s"] == pytest.approx(answer["bytes_sent_per_step"] / 1e6)
     assert paper["efficiency"] == pytest.approx(paper["step_s"] / (paper["step_s"] + paper["sending_s"]))
     assert "on paper" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "counted"), [("ocl", 14_780_572), ("ccmim", 24_845_524), ("macrl", 35_002_324)])
+def test_what_sharded_devices_send_is_what_was_counted(name, counted):
+    """Bytes of the collectives in the second step of such a run with 2 gloo processes."""
+    sets = ["science.batch_size=32", "machine.devices=2", "machine.strategy=fsdp"]
+    if name == "ocl":
+        sets.append("science.method.gather_negatives=true")
+    recipe = compose(name, recipe=f"{name}_smoke", sets=sets)
+    assert bytes_sent(recipe, Batch.of(recipe)) == pytest.approx(counted, rel=0.02)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from .job import Job
 from .launch import agree, environment
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
+from .shard import gathered, load_optimizer, sharding, shards, whole_moments, whole_weights
 from .state import newest_checkpoint, save_checkpoint, sha256_file, write_atomically, write_json
 
 
@@ -64,7 +66,8 @@ def resolve_precision(machine: Machine, device: str) -> str:
     return "bf16" if bf16_is_fast(device) else "32"
 
 
-def make_fabric(machine: Machine) -> Fabric:
+def make_fabric(machine: Machine, sharded: bool = False) -> Fabric:
+    world = machine.devices * machine.nodes
     device = default_device().type
     if device == "cpu":
         keep_freed_memory()
@@ -80,7 +83,7 @@ def make_fabric(machine: Machine) -> Fabric:
             devices=machine.devices,
             num_nodes=machine.nodes,
             # Buffers (memory banks, BatchNorm's statistics) are computed alike, or not read: none is sent.
-            strategy=DDPStrategy(broadcast_buffers=False) if machine.devices * machine.nodes > 1 else "auto",
+            strategy=sharding(world) if sharded else DDPStrategy(broadcast_buffers=False) if world > 1 else "auto",
             plugins=[environment()],
             precision=precision,  # type: ignore[arg-type]
         )
@@ -109,7 +112,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
             f"a batch of {batch.total} is more than the {len(data)} images of '{job.spec}'; "
             f"{job.too_large} {2 ** int(math.log2(len(data)))} or smaller"
         )
-    fabric = make_fabric(job.machine)
+    fabric = make_fabric(job.machine, shards(job, batch))
     fabric.launch()
     lock = hold(folder) if fabric.is_global_zero else None
     run = Run(job, folder, fabric, previous)
@@ -152,7 +155,6 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
         else:
             method.embed = torch.compile(method.embed)  # type: ignore[method-assign]
         torch._functorch.config.donated_buffer = False  # terms' gradients go through the graph more than once
-    optimizer = job.optimizer(method)
     loader = MicroBatches(
         data,
         seed=job.seed,
@@ -172,21 +174,18 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     total = round(per_epoch * job.epochs)
     save_every = machine.saves_every(per_epoch, total)
 
-    found = newest_checkpoint(run.checkpoints)
-    first = 0
-    if found:
-        first, state = found
-        try:
+    first, state = newest_checkpoint(run.checkpoints) or (0, None)
+    if state:
+        with of_this(run, first):
             method.load_state_dict(state["method"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as e:
-            raise UserError(
-                f"the checkpoint of step {first} in {run.checkpoints} is not of this {run.label}: "
-                f"{' '.join(str(e).split())[:200]}; remove it, or choose another folder with --out"
-            ) from None
         run.cost, run.resumed = state["cost"], run.resumed + 1
         loader.corrupt = set(state["corrupt"])
-    model, optimizer = fabric.setup(step_module, optimizer)
+    model = fabric.setup_module(step_module)
+    optimizer: Any = fabric.setup_optimizers(job.optimizer(method))  # sharded weights are other tensors
+    if state:
+        with of_this(run, first):
+            load_optimizer(optimizer, state["optimizer"])
+    sharded = isinstance(fabric.strategy, ModelParallelStrategy)
     run.begin(data.fingerprint, total, per_epoch)
     run.steps = first
 
@@ -195,7 +194,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     scaler = getattr(fabric.strategy.precision, "scaler", None)  # fp16 only: it has its own way with infinities
     running, watch = Running(), Stopwatch()
     metrics = Metrics(run.folder, first, machine.tensorboard) if fabric.is_global_zero else None
-    meters = CollapseMeters(data, method, fabric.device, batch.total) if fabric.is_global_zero else None
+    meters = CollapseMeters(data, method, fabric.device, batch.total) if fabric.is_global_zero or sharded else None
     seen: dict[str, float] = {}
 
     def look_at_terms(losses: dict[str, Tensor]) -> None:
@@ -238,7 +237,9 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                     losses = cached_backward(method, views, batch.passes, fabric, batch.accumulation)
                 else:
                     with fabric.no_backward_sync(model, enabled=a < batch.accumulation - 1):
-                        losses = model(images, seek(step, index), look_at_terms if look and a == 0 else None)
+                        losses = model(
+                            images, seek(step, index), look_at_terms if look and a == 0 and not sharded else None
+                        )
                         fabric.backward(losses["loss"] / batch.accumulation)
                 mean = {k: mean.get(k, 0.0) + x.detach() / batch.accumulation for k, x in losses.items()}
             if batch.passes > 1 and batch.world > 1:
@@ -248,6 +249,8 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 norm: Any = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
             else:
                 norm = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
+            if sharded:
+                norm = norm.full_tensor()
             guard.check(mean["loss"] if scaler is not None else norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -267,7 +270,8 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                     f"the weights did not move. Try a lower science.optim.lr, a longer warm-up, or precision 32"
                 )
             if look and meters:
-                seen.update(meters.read(method, fabric))
+                with gathered(step_module):
+                    seen.update(meters.read(method, fabric))
             if log:
                 means = running.means(fabric)
                 speed = watch.read(loader.wait_s)
@@ -277,13 +281,25 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 metrics.write(run.steps, seen)
             bar.update(task, completed=run.steps)
             if save:
-                run.save(method, optimizer, loader)
+                run.save(step_module, optimizer, loader)
             if stop and not last:
                 what = f"{signals.received} after step {run.steps} of {total}; the same command resumes"
                 raise Interrupted(what, signals.requeue)
     if metrics:
         metrics.close()
-    run.finish(method)
+    run.finish(step_module)
+
+
+@contextlib.contextmanager
+def of_this(run: Run, step: int) -> Iterator[None]:
+    """Loading a checkpoint: what does not fit was of another run."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as e:
+        raise UserError(
+            f"the checkpoint of step {step} in {run.checkpoints} is not of this {run.label}: "
+            f"{' '.join(str(e).split())[:200]}; remove it, or choose another folder with --out"
+        ) from None
 
 
 class Run:
@@ -305,6 +321,8 @@ class Run:
         self.job.machine.precision = {"32-true": "32", "bf16-mixed": "bf16"}.get(  # type: ignore[assignment]
             str(self.fabric.strategy.precision.precision), "16"
         )
+        if self.fabric.world_size > 1:
+            self.job.machine.strategy = "fsdp" if isinstance(self.fabric.strategy, ModelParallelStrategy) else "ddp"
         self.info = {
             "kind": self.job.kind,
             **self.job.info(),
@@ -351,13 +369,14 @@ class Run:
         }
         write_json(self.folder / "run.json", record)
 
-    def save(self, method: Method, optimizer: Any, loader: MicroBatches) -> None:
+    def save(self, step_module: TrainStep, optimizer: Any, loader: MicroBatches) -> None:
         self.info["substituted"] = len(loader.corrupt)
+        weights, moments = whole_weights(step_module), whole_moments(step_module, optimizer)
         if self.fabric.is_global_zero:
             costs = self.costs()
             state = {
-                "method": method.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "method": weights,
+                "optimizer": moments,
                 "cost": {"wall_s": costs["wall_s"], "images_seen": costs["images_seen"]},
                 "corrupt": sorted(loader.corrupt),
             }
@@ -365,8 +384,13 @@ class Run:
             self.write("running")
         self.fabric.barrier()
 
-    def finish(self, method: Method) -> None:
+    def finish(self, step_module: TrainStep) -> None:
+        method, sharded = step_module.method, isinstance(self.fabric.strategy, ModelParallelStrategy)
+        weights = whole_weights(step_module) if sharded else {}
         if self.fabric.is_global_zero:
+            if sharded:
+                method = self.job.build()
+                method.load_state_dict(weights)
             self.job.save_weights(self.folder / "weights.safetensors", method)
             self.write("finished", weights_sha256=sha256_file(self.folder / "weights.safetensors"))
         self.fabric.barrier()
