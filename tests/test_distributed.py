@@ -17,38 +17,51 @@ from sslbench.pretrain import compose
 from sslbench.train.job import Job
 from sslbench.train.shard import shards
 
-# All methods in turn in each process, on a ViT of two blocks: the processes' start is most of the time.
+# Phases [name, processes, strategy, methods], the methods in turn in each process, on a ViT of two blocks. Under
+# torchrun this is one of its processes; else it forks them, since to start them takes longer than to train.
 TRAIN = """
-import sys
+import json, multiprocessing, os, socket, sys
 from pathlib import Path
 from rich.console import Console
 from sslbench.pretrain import compose
 from sslbench.train.loop import pretrain
 from sslbench.vit import ARCHS, Arch
-ARCHS["tiny"] = Arch(patch=8, dim=48, depth=2, heads=3, image=32)
-out, world, strategy, *names = sys.argv[1:]
-for name in names:
-    sets = ["science.arch=tiny", "science.data.image_size=32", "science.batch_size=16", "science.epochs=0.08",
-            "machine.precision=32", "machine.tensorboard=false", "machine.log_every=1", "machine.save_every=10"]
-    if name == "ocl":
-        sets.append("science.method.gather_negatives=true")
-    if name == "mocov3":  # BatchNorm of features that are still much alike magnifies rounding: smaller steps
-        sets.append("science.optim.lr=1e-5")
-    recipe = compose(name, recipe=f"{name}_smoke", sets=sets, machine={"devices": int(world), "strategy": strategy})
-    for folder in (Path(out) / name, Path(f"resumed{out}") / name):
-        if folder.parent.name == out or folder.is_dir():
-            pretrain(recipe, folder, Console(quiet=True), progress=False)
+
+def train(out, world, strategy, names, rank=None, port=0):
+    if rank is not None:
+        os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ARCHS["tiny"] = Arch(patch=8, dim=48, depth=2, heads=3, image=32)
+    for name in names:
+        sets = ["science.arch=tiny", "science.data.image_size=32", "science.batch_size=16", "science.epochs=0.08",
+                "machine.precision=32", "machine.tensorboard=false", "machine.log_every=1", "machine.save_every=10"]
+        if name == "ocl":
+            sets.append("science.method.gather_negatives=true")
+        if name == "mocov3":  # BatchNorm of features that are still much alike magnifies rounding: smaller steps
+            sets.append("science.optim.lr=1e-5")
+        recipe = compose(name, recipe=f"{name}_smoke", sets=sets, machine={"devices": world, "strategy": strategy})
+        for folder in (Path(out) / name, Path(f"resumed{out}") / name):
+            if folder.parent.name == out or folder.is_dir():
+                pretrain(recipe, folder, Console(quiet=True), progress=False)
+
+for phase in json.loads(sys.argv[1]):
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        train(*phase)
+        continue
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=train, args=(*phase, rank, port)) for rank in range(phase[1])]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join()
+    assert not any(p.exitcode for p in processes)
 """
 # A parameter without a dimension; parts of blocks that are called by themselves; a momentum encoder and its memory.
 SHARDED = ("ocl", "ccmim", "macrl")
 # What is copied when, to be finished by how many.
 RESUMED = {"2": [("1", "ocl"), ("4", "ocl"), ("4", "macrl"), ("fsdp", "ocl")], "fsdp": [("1", "macrl")]}
-
-
-def torchrun(world, *arguments, home, environment):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), *map(str, arguments)]
-    return subprocess.run([sys.executable, *command], cwd=home, env=environment(home, {"OMP_NUM_THREADS": "1"}),
-                          capture_output=True, text=True, timeout=400)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +70,15 @@ def trained(tmp_path_factory, environment):
     processes saved after 10 of them, finished by WORLD; what 1 finishes of MACRL, these 2 sharded."""
     home = tmp_path_factory.mktemp("distributed")
     (home / "train.py").write_text(TRAIN)
-    for out in ("2", "fsdp", "1", "4"):
-        world, strategy = (2, "fsdp") if out == "fsdp" else (int(out), "ddp")
-        done = torchrun(
-            world,
-            "train.py",
-            out,
-            world,
-            strategy,
-            *(SHARDED if out == "fsdp" else METHODS),
-            home=home,
-            environment=environment,
-        )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two, fsdp = ["2", 2, "ddp", [*METHODS]], ["fsdp", 2, "fsdp", SHARDED]
+    one, four = ["1", 1, "ddp", [*METHODS]], ["4", 4, "ddp", [*METHODS]]
+    for launcher, phases in ((torchrun, [two]), ([], [fsdp]), ([], [one, four])):
+        done = subprocess.run([sys.executable, *launcher, "train.py", json.dumps(phases)], cwd=home,
+                              env=environment(home, {"OMP_NUM_THREADS": "1"}), capture_output=True, text=True,
+                              timeout=400)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
+        out = phases[0][0]
         for to, name in RESUMED.get(out, ()):
             folder = home / f"resumed{to}" / name
             shutil.copytree(home / out / name, folder)
