@@ -90,7 +90,8 @@ def test_the_fifth_method_is_one_file_and_one_recipe(checkout):
     code = re.search(r"```python\n(.*?)```", README, re.S)
     assert code and len(code[1].splitlines()) < 40
     assert "simclr" in {m["method"] for m in in_checkout(checkout, "list", "methods")}
-    run = in_checkout(checkout, "pretrain", "simclr", "--data", "builtin", "--set", "science.data.image_size=16")
+    size = ("--set", "science.data.image_size=16")
+    run = in_checkout(checkout, "pretrain", "simclr", "--data", "builtin", "--epochs", "0.2", *size)
     assert run["status"] == "finished"
     assert in_checkout(checkout, "eval", "knn")["method"] == "simclr"
     row = in_checkout(checkout, "bench", "simclr", "--arch", "vit_mini4", "--batch-size", "16", "--seconds", "0.5")

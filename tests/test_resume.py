@@ -46,7 +46,7 @@ def same_weights(a, b):
 def test_sigkill_at_random_instants_changes_nothing(undisturbed, run_sslbench, tmp_path, environment):
     whole, seconds = undisturbed
     draw = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         before = checkpoints(tmp_path)
         process = start(tmp_path, environment(tmp_path))
         while checkpoints(tmp_path) == before:  # it got on: the next kill is not at the same place
