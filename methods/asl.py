@@ -19,12 +19,10 @@ Where the paper does not say, and what is done here (each a switch):
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from sslbench.decoder import Decoder
@@ -34,7 +32,7 @@ from sslbench.method import Method, MethodConfig
 from sslbench.pictures import Canvas
 from sslbench.recipe import Augment
 from sslbench.views import one_view
-from sslbench.vit import VisionTransformer, initialise, patchify, take
+from sslbench.vit import Block, VisionTransformer, initialise, patchify, take
 
 
 class ASLConfig(MethodConfig):
@@ -74,9 +72,9 @@ class ASL(Method):
         self.n_kept = n_kept(encoder.n_patches, config.mask_ratio)
         self.decoder = Decoder(encoder, config.decoder_dim, config.decoder_depth, config.decoder_heads)
         if config.augmentation == "aee":
-            arch, norm = encoder.arch, partial(nn.LayerNorm, eps=1e-6)
-            layer: Any = Block(arch.dim, arch.heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]
-            self.aee = nn.Sequential(layer, norm(arch.dim) if config.aee_norm == "own" else nn.Identity())
+            dim, own = encoder.arch.dim, config.aee_norm == "own"
+            norm = nn.LayerNorm(dim, eps=1e-6) if own else nn.Identity()
+            self.aee = nn.Sequential(Block(dim, encoder.arch.heads), norm)
         initialise(self)
 
     def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .vit import VisionTransformer, block_rows, sincos_positions, take
+from .vit import Block, VisionTransformer, sincos_positions, take
 
 
 class Decoder(nn.Module):
@@ -17,14 +13,11 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder: VisionTransformer, dim: int = 512, depth: int = 8, heads: int = 16) -> None:
         super().__init__()
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(encoder.arch.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, encoder.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm) for _ in range(depth)
-        )
-        self.norm = norm(dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pred = nn.Linear(dim, encoder.arch.patch**2 * 3)
 
     def forward(self, tokens: Tensor, order: Tensor, rows: slice | None = None) -> Tensor:
@@ -42,5 +35,5 @@ class Decoder(nn.Module):
         *body, last = self.blocks
         for block in body:
             x = block(x)
-        x = block_rows(last, x, rows or slice(t, None))
+        x = last(x, rows or slice(t, None))
         return self.pred(self.norm(x))

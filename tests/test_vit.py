@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
+from timm.models import vision_transformer as timm_vit
 from torch.nn import functional as F
 
 from sslbench.vit import (
     ARCHS,
     VisionTransformer,
-    block_rows,
+    attention,
     count_parameters,
     get_arch,
     initialise,
@@ -77,19 +79,33 @@ def test_a_kept_token_is_the_token_of_the_whole_image():
     torch.testing.assert_close(groups[:, 0], whole[:1, 0].expand(6, -1))
 
 
-def test_rows_of_a_last_block_are_the_blocks_rows_in_value_and_gradient():
-    vit = small()
-    x = torch.randn(2, 9, 192, requires_grad=True)
-    for rows in (slice(0, 1), slice(4, None)):
-        a, b = vit.blocks[0](x)[:, rows], block_rows(vit.blocks[0], x, rows)
+def same_gradients(a: torch.Tensor, b: torch.Tensor, of: list[torch.Tensor], **tolerance: float):
+    of_a, of_b = (torch.autograd.grad(x.square().sum(), of) for x in (a, b))
+    for g, h in zip(of_a, of_b, strict=True):
+        torch.testing.assert_close(g, h, **tolerance)
+
+
+def test_a_block_is_timms_and_its_rows_are_the_blocks_rows_in_value_and_gradient():
+    block = small().blocks[0].train()
+    block.drop_path1, block.drop_path2 = DropPath(0.5), DropPath(0.2)
+    x = torch.randn(8, 9, 192, requires_grad=True)
+    for rows in (None, slice(0, 1), slice(4, None)):
+        torch.manual_seed(1)
+        a = timm_vit.Block.forward(block, x)[:, rows or slice(None)]
+        torch.manual_seed(1)
+        b = block(x, rows)
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-        parameters = [x, *vit.blocks[0].parameters()]
-        for g, h in zip(
-            torch.autograd.grad(a.square().sum(), parameters),
-            torch.autograd.grad(b.square().sum(), parameters),
-            strict=True,
-        ):
-            torch.testing.assert_close(g, h, atol=1e-3, rtol=1e-4)
+        same_gradients(a, b, [x, *block.parameters()], atol=1e-3, rtol=1e-4)
+
+
+def test_attention_in_bf16_is_the_fused_kernels_to_the_rounding_in_value_and_gradient():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 3, t, 64, dtype=torch.bfloat16, requires_grad=True) for t in (5, 17, 17))
+    a, b = attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
+    same_gradients(a, b, [q, k, v], atol=0.05, rtol=0.05)
+    with torch.no_grad():
+        assert attention(q, k, v).equal(a)
 
 
 def test_patchify_is_row_column_channel_and_unpatchify_inverts_it():

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_fabric.strategies import ModelParallelStrategy
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError
 from ..recipe import Batch
-from ..vit import ARCHS
+from ..vit import ARCHS, Block
 from .job import Job
 
 FROM = "vit_h14"  # and wider: `auto` shards
@@ -54,7 +53,7 @@ def sharding(world: int) -> ModelParallelStrategy:
 def units(root: nn.Module) -> list[nn.Module]:
     """What is whole only while it computes: three quarters of each block. The rest is whole while `root` computes.
 
-    A unit must be called as a module, as attn.qkv is not always (see `vit.block_rows`).
+    A unit must be called as a module, as attn.qkv is not always (see `vit.Block`).
     """
     blocks: list[Any] = [m for m in root.modules() if isinstance(m, Block)]
     return [unit for block in blocks for unit in (block.attn.proj, block.mlp)]
