@@ -48,10 +48,10 @@ def bench(
         for name in names or list(methods()):
             for precision in precisions:
                 batch = batch_size or (256 if get_arch(arch).image <= 64 else 64)
-                recipe = _recipe(name, arch, batch, precision, compiled, sets)
-                row = _measure(recipe, seconds)
+                recipe = recipe_of(name, arch, batch, precision, compiled, sets)
+                row = measure(recipe, seconds)
                 if against:
-                    row |= _beside(row, recipe, seconds, against)
+                    row |= beside(row, recipe, seconds, against)
                 rows.append(row)
                 console.print(
                     f"{row['method']} {row['arch']} {row['precision']} batch {batch}: {row['images_per_s']:.1f} img/s, "
@@ -69,7 +69,7 @@ def bench(
     return {"hardware": provenance.hardware(default_device().type), "versions": provenance.versions(), "rows": rows}
 
 
-def _recipe(name: str, arch: str, batch: int, precision: str, compiled: bool, more: list[str]) -> Recipe:
+def recipe_of(name: str, arch: str, batch: int, precision: str, compiled: bool, more: list[str]) -> Recipe:
     """The arch's own recipe, at this batch, on the built-in images enlarged to its resolution."""
     sets = ["science.data.spec=builtin", f"science.batch_size={batch}", f"science.contrastive_batch={batch}"]
     sets.append(f"machine.micro_batch={batch}")
@@ -78,10 +78,10 @@ def _recipe(name: str, arch: str, batch: int, precision: str, compiled: bool, mo
     )
 
 
-def _beside(row: dict[str, Any], recipe: Recipe, seconds: float, against: str) -> dict[str, Any]:
+def beside(row: dict[str, Any], recipe: Recipe, seconds: float, against: str) -> dict[str, Any]:
     """After our first measurement: theirs, ours, theirs."""
     theirs = [_external(against)]
-    ours = [row["images_per_s"], _measure(recipe, seconds)["images_per_s"]]
+    ours = [row["images_per_s"], measure(recipe, seconds)["images_per_s"]]
     theirs.append(_external(against))
     mean, other = statistics.mean(ours), statistics.mean(theirs)
     return {"images_per_s": mean, "against": against, "against_images_per_s": other, "ratio": mean / other}
@@ -119,7 +119,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
+def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
     """Whole training steps, data to weights, for about `seconds`; the median step counts."""
     fabric = make_fabric(recipe.machine)
     dtype = {"32-true": torch.float32, "16-mixed": torch.float16}.get(

@@ -279,12 +279,28 @@ def bench(
         str | None,
         typer.Option(metavar="COMMAND", help="Run in turn with ours; its last line of output ends in its images/s."),
     ] = None,
+    targets: Annotated[
+        bool, typer.Option("--targets", help="Measure what the suite promises; writes results/speed.md.")
+    ] = False,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For --targets: a clone of github.com/facebookresearch/mae.")
+    ] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Images a second, share of this machine's matmul peak, memory, data wait."""
     from .bench import bench as run
+    from .speed import measure_targets
 
+    if targets:
+        given = {"METHOD": methods, "--arch": arch, "--batch-size": batch_size, "--precision": precision, "--set": sets,
+                 "--compile": compile, "--against": against}  # fmt: skip
+        if wrong := [name for name, value in given.items() if value]:
+            raise UserError(f"bench --targets measures a fixed list; leave {wrong[0]} out")
+        answer(as_json, measure_targets(reference, seconds, console(as_json)))
+        return
+    if reference:
+        raise UserError("--reference is for bench --targets; to compare with any command, give --against")
     archs, precisions, talk = arch or ["vit_ti4"], precision or ["auto"], console(as_json)
     answer(as_json, run(methods or [], archs, batch_size, precisions, compile, seconds, sets or [], talk, against))
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from tiny import METHODS, TINY, make, step
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
+from sslbench import speed
 from sslbench.pretrain import compose
 from sslbench.provenance import EnergyMeter
 from sslbench.train.loop import pretrain
 from sslbench.vit import ARCHS
 
+ROOT = Path(__file__).parents[1]
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::_to_cpu")  # on a GPU these wait for it
 
 
@@ -87,6 +90,68 @@ def test_bench_against_a_command_takes_turns_and_gives_the_ratio(invoke, tmp_pat
     assert row["ratio"] == pytest.approx(row["images_per_s"] / 50)
     done = invoke(*bench, f"{sys.executable} -c 1/0")
     assert done.exit_code == 2 and "exit status 1 (ZeroDivisionError" in done.stderr
+
+
+# What sslbench.reference takes from a clone of MAE's code: this name, these arguments, a block with qk_scale.
+CLONE = """
+import numpy as np
+import torch
+from timm.models.vision_transformer import Block
+
+class MaskedAutoencoderViT(torch.nn.Module):
+    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, decoder_embed_dim, decoder_depth,
+                 decoder_num_heads, norm_layer, norm_pix_loss):
+        super().__init__()
+        assert (img_size, patch_size, embed_dim, depth, num_heads) == (32, 4, 192, 6, 3), np.float(1)
+        assert (decoder_embed_dim, decoder_depth, decoder_num_heads, norm_pix_loss) == (128, 2, 4, False)
+        self.block = Block(48, 3, 4, qkv_bias=True, qk_scale=None, norm_layer=norm_layer)
+
+    def forward(self, images, mask_ratio):
+        assert mask_ratio == 0.75
+        return self.block(images.flatten(2).reshape(len(images), -1, 48)).square().mean(), None, None
+"""
+
+
+def test_bench_targets_measures_what_is_here_and_keeps_what_is_not(invoke, home, tmp_path, monkeypatch):
+    clone = tmp_path / "mae"
+    clone.mkdir()
+    (clone / "models_mae.py").write_text(CLONE)
+    targets = [
+        speed.Target("mae", "vit_mini4", "times MAE's code", 1.5, "CPU", 8),
+        speed.Target("ocl", "vit_mini4", "of MAE's FLOP/s", 0.9, "CPU", 8),
+        speed.Target("ocl", "vit_l16", "images/s", 2141, "H200", 256),
+    ]
+    monkeypatch.setattr(speed, "TARGETS", targets)
+    bench = ["bench", "--targets", "--seconds", 0.1, "--json"]
+    done = invoke(*bench)
+    assert done.exit_code == 0, done.output
+    mae, ocl, far = json.loads(done.stdout)["rows"]
+    assert mae["measured"] is far["measured"] is None and ocl["measured"] > 0
+    assert "--reference" in mae["why"] and far["why"] == "no H200 at hand"
+    elsewhere = far | {"measured": 2500.0, "images_per_s": 2500.0, "batch": 256, "hardware": {"device": "NVIDIA H200",
+                       "threads": 16}} | {k: ocl[k] for k in ("versions", "commit", "command", "date", "matmul_share",
+                       "peak_memory_gib")}  # fmt: skip
+    path = home / "results" / "speed.json"
+    path.write_text(json.dumps([mae, ocl, elsewhere]))
+    done = invoke(*bench, "--reference", clone)
+    assert done.exit_code == 0, done.output
+    mae, ocl, far = json.loads(path.read_text())
+    assert far == elsewhere and mae["measured"] == pytest.approx(mae["images_per_s"] / mae["against_images_per_s"])
+    assert {"hardware", "versions", "commit", "command", "date"} < mae.keys()
+    page = (home / "results" / "speed.md").read_text()
+    assert "NVIDIA H200" in page and "| ocl vit_l16, images/s | ≥ 2,141 | 2,500 |" in page
+    (clone / "models_mae.py").unlink()
+    for wrong in (["--targets", "--reference", clone], ["--targets", "ocl"], ["--reference", clone]):
+        assert invoke("bench", *wrong).exit_code == 2
+    assert json.loads(path.read_text())[2] == elsewhere
+
+
+def test_the_committed_speeds_are_those_of_the_targets():
+    rows = {row["target"]: row for row in json.loads((ROOT / "results" / "speed.json").read_text())}
+    assert list(rows) == [t.name for t in speed.TARGETS]
+    assert all(rows[t.name]["at_least"] == t.at_least and ("why" in rows[t.name]) == (rows[t.name]["measured"] is None)
+               for t in speed.TARGETS)  # fmt: skip
+    assert (ROOT / "results" / "speed.md").read_text() == speed.page(list(rows.values()))
 
 
 def test_joules_are_read_where_the_device_reports_them(tmp_path):
