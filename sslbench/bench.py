@@ -120,7 +120,7 @@ def _wait(device: torch.device) -> None:
 
 
 def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
-    """Whole training steps, data to weights, for about `seconds`; the median step counts."""
+    """Whole training steps, views to weights, for about `seconds`; the median counts. The loader's part: data_wait."""
     fabric = make_fabric(recipe.machine)
     dtype = {"32-true": torch.float32, "16-mixed": torch.float16}.get(
         str(fabric.strategy.precision.precision), torch.bfloat16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import os
 import time
@@ -76,6 +77,7 @@ def make_fabric(machine: Machine, sharded: bool = False) -> Fabric:
     precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[resolve_precision(machine, device)]
     if precision == "16-mixed" and device == "cpu":
         raise UserError("precision 16 needs a GPU; on a CPU use 32 or bf16")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # precision and devices stand in the run's header
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning_fabric")
         return Fabric(
