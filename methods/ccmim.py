@@ -12,7 +12,9 @@ Where paper and released code part (preset `paper` follows the text where it can
   score      Eq. 4 names no block, scales by D and takes the embedded input, whose CLS has not seen the image. Both
              presets follow the code: sum over blocks of the softmaxed head-mean row. The equation is
              score_layers first, score_stage pre_softmax, score_scale dim.
-  batch      1024 (appendix C); 4096 in the code's README.
+  batch      1024 (appendix C); 4096 in the code's README, four micro-batches of 1024 images compared on their own.
+  BatchNorm  Statistics of the projector: of a device's 32 images in the code; here of all images compared, in both
+             presets, so that a result does not depend on how many devices there were.
 The code ranks by w / softmax(u), w the softmax of the scores S, u uniform: the order of S - u, which is computed here.
 It computes the losses of this method without mixed precision; here the losses alone are float32.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from .data import known_size, open_split
 from .errors import UserError, nearest
-from .evaluate.run import eval_recipe, evaluate
+from .evaluate.run import EvalRecipe, eval_recipe, evaluate
 from .ledger import Scale
 from .listing import show
 from .paths import bundled, home
@@ -70,6 +71,24 @@ def row_recipes(
     return out
 
 
+@functools.cache
+def paper_hashes(table: str) -> dict[str, str]:
+    """{row: hash of its recipe} at the paper's scale; {} for a table that is no ablation here."""
+    if table not in recipe_files("ablations"):
+        return {}
+    return {str(n): recipe.hash() for n, recipe in row_recipes(read_ablation(table), "paper").items()}
+
+
+def protocols(table: str, number: int, scale: str) -> list[EvalRecipe]:
+    """What a row is measured by: at the paper's scale what the paper's table was, else k-NN and the quick probe."""
+    from .report.papers import paper_tables, protocol_of, read_paper
+
+    lines = read_paper(table) if scale == "paper" and table in paper_tables() else None
+    found = [] if lines is None else [protocol_of(line) for _, line in lines[lines["row"] == str(number)].iterrows()]
+    named = [(p[0].removeprefix("eval "), p[1]) for p in found if p and p[0].startswith("eval ")]
+    return [eval_recipe(*p) for p in dict.fromkeys(named or [("knn", "knn"), ("linprobe", "linprobe")])]
+
+
 def ablate(
     table: str, scale: str, seed: int, data: str | None, sets: list[str], dry_run: bool, console: Console
 ) -> dict[str, Any]:
@@ -94,10 +113,13 @@ def ablate(
         else:
             folder = home() / "runs" / run_name(recipe)
             pretrain(recipe, folder, Console(stderr=True, highlight=False))
-            for kind in ("knn", "linprobe"):
-                record = evaluate(eval_recipe(kind), str(folder), at.eval_data or data, seed)[0]
-                row[record.metric] = f"{record.value:.1f} ± {1.96 * (record.stderr or 0):.1f}"
-            console.print(f"row {number}, {row['setting']}: k-NN {row['knn_top1']}, linear {row['linprobe_top1']}")
+            measured = {}
+            for protocol in protocols(table, number, scale):
+                record = evaluate(protocol, str(folder), at.eval_data or data, seed)[0]
+                measured[record.metric] = f"{record.value:.1f} ± {1.96 * (record.stderr or 0):.1f}"
+            row |= measured
+            said = ", ".join(f"{metric.removesuffix('_top1')} {value}" for metric, value in measured.items())
+            console.print(f"row {number}, {row['setting']}: {said}")
         rows.append(row)
     console.print()
     show([{k.replace("_top1", ""): v for k, v in row.items()} for row in rows], console)

@@ -35,31 +35,33 @@ def random_split(batch: int, n: int, mask_ratio: float, generator: torch.Generat
 
 
 def blockwise_order(
-    batch: int, grid: tuple[int, int], n_masked: int, generator: torch.Generator, smallest: int = 16
+    batch: int, grid: tuple[int, int], n_masked: int, generator: torch.Generator, smallest: int = 16, tries: int = 64
 ) -> Tensor:
-    """(batch, N): an order whose last `n_masked` patches are BEiT's blocks (Bao et al. 2021, section 2.3).
+    """(batch, N): an order whose last `n_masked` patches are BEiT's blocks (Bao et al. 2021, Algorithm 1).
 
-    Blocks of at least `smallest` patches (no more than are asked for), aspect log-uniform in (.3, 1 / .3), are laid
-    until `n_masked` patches are covered; what the last block covers beyond that stays visible, a random part of it.
-    All blocks of a batch are drawn at once: block t counts for an image as long as the ones before do not suffice.
+    A block's area is uniform between `smallest` (no more than are asked for) and what is left to mask, its aspect
+    log-uniform in (.3, 1 / .3), its place uniform. One that is not smaller than the grid in both directions, that
+    masks nothing new or more than is left is drawn again, ten times at most, as in BEiT's code: what is still left
+    then is masked at random. All draws of a batch are made at once: `tries` of them an image.
     """
     rows, columns = grid
-    n = rows * columns
+    n, device = rows * columns, generator.device
     smallest = min(smallest, n_masked)
-    device = generator.device
     y, x = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)[None]
-    first = torch.full((batch, n), torch.inf, device=device)  # the number of the block that covers a patch first
-    tries = max(4 * math.ceil(n / smallest), 16)
+    masked = torch.zeros(batch, n, dtype=torch.bool, device=device)
+    refused = torch.zeros(batch, device=device)  # in a row
     draw = rand((4, batch, tries), generator, 1)
-    area = smallest + draw[0] * (n_masked - smallest)
     ratio = torch.exp(math.log(0.3) * (1 - 2 * draw[1]))
-    height = (area * ratio).sqrt().round().clamp(1, rows)
-    width = (area / ratio).sqrt().round().clamp(1, columns)
-    top, left = (draw[2] * (rows - height + 1)).floor(), (draw[3] * (columns - width + 1)).floor()
     for t in range(tries):
-        h, w, a, b = (v[:, t, None, None] for v in (height, width, top, left))
-        inside = ((y >= a) & (y < a + h) & (x >= b) & (x < b + w)).flatten(1)
-        first = torch.where(inside & first.isinf(), float(t), first)
-    # Early blocks are masked first; a random rank within a block, and among what no block covers, settles the rest.
-    rank = first.clamp(max=tries) + rand((batch, n), generator)
-    return rank.argsort(dim=1, descending=True)
+        left = n_masked - masked.sum(1)
+        area = smallest + draw[0, :, t] * (left - smallest)
+        h, w = (area * ratio[:, t]).sqrt().round(), (area / ratio[:, t]).sqrt().round()
+        a, b = (draw[2, :, t] * (rows - h + 1)).floor(), (draw[3, :, t] * (columns - w + 1)).floor()
+        h, w, a, b = (v[:, None, None] for v in (h, w, a, b))
+        block = ((y >= a) & (y < a + h) & (x >= b) & (x < b + w) & (h < rows) & (w < columns)).flatten(1)
+        new = (block & ~masked).sum(1)
+        taken = (new > 0) & (new <= left) & (refused < 10)
+        masked |= block & taken[:, None]
+        refused = torch.where(taken, 0.0, refused + 1)
+    # Blocks come last; among the patches that no block covers a random rank settles which are masked too.
+    return (masked + rand((batch, n), generator)).argsort(dim=1)

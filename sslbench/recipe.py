@@ -344,8 +344,9 @@ def _follow(model: type[BaseModel] | None, loc: tuple[Any, ...]) -> tuple[list[s
 def choose(method: str, arch: str | None, spec: str | None) -> Path:
     """The bundled recipe that `pretrain METHOD --arch --data` means.
 
-    The exact `<arch>_<data>`; else the method's recipe for that data (small data, so small settings), else for that
-    arch; arch and data given by the user then replace the recipe's own.
+    The exact `<arch>_<data>`; else, without an arch, the method's recipe for that data (small data, so small settings);
+    else the arch's recipe for ImageNet, the papers' settings, or whichever it has. Arch and data given by the user then
+    replace the recipe's own.
     """
     known = {n.split("/", 1)[1]: p for n, p in recipe_files().items() if n.startswith(f"{method}/")}
     data = unpacked_name(data_name(spec)) if spec else None
@@ -361,9 +362,9 @@ def choose(method: str, arch: str | None, spec: str | None) -> Path:
         if small or named:
             return small or named[0]
     if arch:
-        for name, path in known.items():
-            if name.startswith(arch + "_"):
-                return path
+        of_arch = [f"{arch}_imagenet", *(name for name in known if name.startswith(arch + "_"))]
+        if found := next((known[name] for name in of_arch if name in known), None):
+            return found
     fallback = known.get("vit_b16_imagenet") or next(iter(known.values()), None)
     if fallback is None:
         raise UserError(

@@ -22,23 +22,26 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def crop_boxes(
-    batch: int, size: tuple[int, int], scale: tuple[float, float], generator: torch.Generator
+    batch: int, size: tuple[int, int], scale: tuple[float, float], generator: torch.Generator, tries: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RandomResizedCrop's boxes: top, left, height, width, each (batch,) and integral, in an image of `size` (H, W).
 
     torchvision's rule: area uniform in `scale`, aspect log-uniform in (3/4, 4/3), ten tries, then the largest
-    central crop within the aspect range.
+    central crop within the aspect range. With one try, the rule of MAE's linear probe (util/crop.py): a side that is
+    longer than the image is cut to it, so that large crops come about more often.
     """
-    return place_boxes(rand((4, batch, 10), generator, 1), *size, scale)
+    return place_boxes(rand((4, batch, tries), generator, 1), *size, scale)
 
 
 def place_boxes(
     draw: Tensor, h: int | Tensor, w: int | Tensor, scale: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`crop_boxes` of draws (4, batch, 10) in 0..1. h, w: of all images, or of each, int64 (batch, 1)."""
+    """`crop_boxes` of draws (4, batch, tries) in 0..1. h, w: of all images, or of each, int64 (batch, 1)."""
     area = h * w * (scale[0] + draw[0] * (scale[1] - scale[0]))
     log_ratio = math.log(3 / 4) + draw[1] * (math.log(4 / 3) - math.log(3 / 4))
     widths, heights = (area * log_ratio.exp()).sqrt().round(), (area / log_ratio.exp()).sqrt().round()
+    if draw.shape[2] == 1:
+        widths, heights = widths.clamp(min=1).clamp(max=w), heights.clamp(min=1).clamp(max=h)
     fits = (widths > 0) & (widths <= w) & (heights > 0) & (heights <= h)
     first = fits.int().argmax(1, keepdim=True)
     box_w, box_h = widths.gather(1, first), heights.gather(1, first)
@@ -103,9 +106,11 @@ def random_resized_crop(
     flip: bool,
     generator: torch.Generator,
     view: int = 0,
+    tries: int = 10,
 ) -> Tensor:
     """One random crop of each image, mirrored half the time where `flip`: float (B, C, size, size) in 0..255.
 
+    The boxes are `crop_boxes`' of so many tries.
     images (B, C, H, W) uint8 are cropped here. (B, V, C, size, size) are V crops of each image that the loader's
     workers have already made, where the images are too large or too varied to travel whole: `view` picks one.
     """
@@ -117,7 +122,7 @@ def random_resized_crop(
             crops = torch.where(mirrored.to(crops.device)[:, None, None, None], crops.flip(-1), crops)
         return crops
     h, w = images.shape[-2:]
-    top, left, height, width = crop_boxes(batch, (h, w), scale, generator)
+    top, left, height, width = crop_boxes(batch, (h, w), scale, generator, tries)
     rows = resize_weights(top, height, h, size)
     columns = resize_weights(left, width, w, size, mirrored)
     return resample(images, rows.to(images.device), columns.to(images.device))
@@ -171,9 +176,11 @@ def denormalise(
     return (images.float() * _statistics(std, images.device) + _statistics(mean, images.device)).clamp(0, 255)
 
 
-def one_view(images: Tensor, size: int, augment: Augment, generator: torch.Generator, view: int = 0) -> Tensor:
+def one_view(
+    images: Tensor, size: int, augment: Augment, generator: torch.Generator, view: int = 0, tries: int = 10
+) -> Tensor:
     """What a masked-image method sees: one random crop of each image, mirrored at times, normalised."""
-    crops = random_resized_crop(images, size, augment.crop_scale, augment.flip, generator, view)
+    crops = random_resized_crop(images, size, augment.crop_scale, augment.flip, generator, view, tries)
     return normalise(crops, augment.mean, augment.std)
 
 

@@ -43,6 +43,7 @@ class Arch:
 ARCHS: dict[str, Arch] = {
     "vit_ti16": Arch(16, 192, 12, 3, 224, "vit_tiny_patch16_224"),
     "vit_s16": Arch(16, 384, 12, 6, 224, "vit_small_patch16_224"),
+    "vit_s16_h12": Arch(16, 384, 12, 12, 224, "vit_small_patch16_224"),  # MoCo v3's ViT-S: heads half as wide
     "vit_b16": Arch(16, 768, 12, 12, 224, "vit_base_patch16_224"),
     "vit_l16": Arch(16, 1024, 24, 16, 224, "vit_large_patch16_224"),
     "vit_h14": Arch(14, 1280, 32, 16, 224, "vit_huge_patch14_224"),

@@ -1,9 +1,13 @@
 """ASL, ccMIM, MACRL and MoCo v3: what SPEC section 8 asks of each, and the facts their files state."""
 
+import math
+import random
+
 import pytest
 import torch
 from pydantic import ValidationError
 from tiny import METHODS, REFERENCE, generator, gradient_norm, gradients, images, make, reference_images, step
+from torch.nn import functional as F
 
 from sslbench.masking import blockwise_order
 from sslbench.pretrain import compose
@@ -211,16 +215,53 @@ def test_every_division_and_contrast_of_ccmim_trains_all_that_is_trainable(divid
     assert METHODS["ccmim"].compares_batch(method.config.model_dump()) == (contrast != "none")
 
 
-def test_blockwise_masks_are_blocks_of_exactly_the_asked_size():
-    order = blockwise_order(64, (14, 14), 147, generator())
-    assert order.sort(1).values.equal(torch.arange(196).expand(64, -1))
-    masks = torch.ones(64, 196).scatter(1, order[:, :49], 0.0).view(64, 14, 14)
+def test_blockwise_masks_are_beits_of_exactly_the_asked_size():
+    order = blockwise_order(2000, (14, 14), 147, generator())
+    assert order.sort(1).values.equal(torch.arange(196).expand(2000, -1))
+    masks = torch.ones(2000, 196).scatter(1, order[:, :49], 0.0).view(-1, 14, 14)
     assert (masks.sum((1, 2)) == 147).all()
-    random = torch.rand(64, 196, generator=generator()).argsort(1)
-    noise = torch.ones(64, 196).scatter(1, random[:, :49], 0.0).view(64, 14, 14)
-    edges = lambda m: (m.diff(dim=1).abs().sum() + m.diff(dim=2).abs().sum()).item()  # noqa: E731
-    assert edges(masks) < 0.5 * edges(noise)  # blocks have short borders
-    assert len({tuple(o.tolist()) for o in order}) == 64
+    draw = random.Random(0)
+    one_by_one = torch.stack([beit_mask(draw) for _ in range(2000)])
+    for share in (alike, at_the_border, alone):
+        assert share(masks) == pytest.approx(share(one_by_one), rel=0.03, abs=0.001), share.__name__
+    noise = torch.rand(2000, 196, generator=generator()).view(-1, 14, 14).gt(0.25).float()
+    assert alike(masks) > alike(noise) + 0.2  # blocks have short borders
+    assert len({tuple(o.tolist()) for o in order}) == 2000
+
+
+def beit_mask(draw, n=14, n_masked=147):
+    """BEiT's Algorithm 1 on an n x n grid, block by block; what ten draws do not fill is filled at random."""
+    mask, refused = torch.zeros(n, n), 0
+    while (left := n_masked - int(mask.sum())) and refused < 10:
+        area, ratio = draw.uniform(16, left), math.exp(draw.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        refused += 1
+        if h < n and w < n:
+            a, b = draw.randint(0, n - h), draw.randint(0, n - w)
+            new = h * w - int(mask[a : a + h, b : b + w].sum())
+            if 0 < new <= left:
+                mask[a : a + h, b : b + w] = 1
+                refused = 0
+    rest = draw.sample([i for i, m in enumerate(mask.flatten().tolist()) if not m], left)
+    mask.view(-1)[rest] = 1
+    return mask
+
+
+def alike(masks):
+    """The share of neighbours that are both masked or both visible."""
+    return 1 - (masks.diff(dim=1).abs().mean().item() + masks.diff(dim=2).abs().mean().item()) / 2
+
+
+def at_the_border(masks):
+    """The share of the outermost patches that are masked."""
+    return torch.stack([masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]]).mean().item()
+
+
+def alone(masks):
+    """The share of the visible patches that have no visible neighbour."""
+    visible = F.pad(1 - masks, (1, 1, 1, 1))
+    beside = visible[:, :-2, 1:-1] + visible[:, 2:, 1:-1] + visible[:, 1:-1, :-2] + visible[:, 1:-1, 2:]
+    return ((beside == 0) & (masks == 0)).sum().item() / (masks == 0).sum().item()
 
 
 def test_ccmims_parameters_are_as_many_as_the_references():

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from test_report import ALL_TABLES, METHODS, fields, pretrain, records
 
+from sslbench.ablate import protocols, read_ablation, row_recipes
 from sslbench.evaluate.run import eval_recipe
 from sslbench.pretrain import compose
 from sslbench.recipe import digest
@@ -283,12 +284,51 @@ def test_missing_lists_what_to_run_and_shrinks_with_what_was_run(home):
     assert missing(["ocl_t5"], [], console)[0]["pretrain"] == "sslbench ablate ocl_t5 --scale paper"
 
 
+def test_missing_commands_train_a_tables_rows_alike_and_say_where_the_paper_contradicts_itself(home):
+    """ASL trains MAE with its own settings (section 4.5); OCL's Table 6 prints 1,600 epochs, all else says 800."""
+    console = Console(file=io.StringIO(), width=300)
+    commands = {x["pretrain"].partition(" --epochs")[0] for x in missing(["asl_t6"], [], console)}
+    for data in ("cifar10", "cifar100"):
+        assert commands >= {f"sslbench pretrain mae --recipe mae/asl_t6_{data} --data {data}",
+                            f"sslbench pretrain asl --arch vit_s4 --data {data}"}  # fmt: skip
+        mae = compose("mae", recipe=f"mae/asl_t6_{data}").science
+        asl = compose("asl", science={"arch": "vit_s4", "data": {"spec": data}}).science
+        assert mae.model_dump(exclude={"method"}) == asl.model_dump(exclude={"method"})
+    missing(["ocl_t6"], [], console)
+    assert "Tables 7 to 9 say 800" in console.file.getvalue()
+    for table in ("asl_t1", "asl_t2"):
+        recipes = [_recipe(x["pretrain"]) for x in missing([table], [], console)]
+        assert {r.science.batch_size for r in recipes} == {4096}, table
+
+
+def _recipe(command):
+    words = command.split()
+    given = dict(zip(words[3::2], words[4::2], strict=True))
+    science = {"arch": given.get("--arch"), "data": {"spec": given["--data"]}}
+    return compose(words[2], recipe=given.get("--recipe"), science=science)
+
+
+def test_an_ablations_row_has_the_numbers_of_its_very_recipe(home):
+    """Five values of kappa, which a record knows by the hash of its recipe."""
+    rows = row_recipes(read_ablation("ocl_t5"), "paper")
+    (tune,) = protocols("ocl_t5", 2, "paper")
+    assert (tune.name, tune.science.protocol) == ("finetune_ocl_l", "finetune")
+    assert [p.name for p in protocols("ocl_t2", 6, "paper")] == ["linprobe_mae", "finetune_ocl_b"]
+    assert [p.name for p in protocols("ocl_t2", 6, "tiny")] == ["knn", "linprobe"]
+    under = {"arch": "vit_l16", "protocol": protocol("finetune_ocl_l", "mean")}
+    own = pretrain(data="imagenet", epochs=800, recipe_hash=rows[2].hash())
+    measured = records(at_paper_scale(85.0, "finetune_top1", 800, "ocl", pretrain=own, **under))
+    table = reported_beside_measured("ocl_t5", measured)
+    assert [row for row in table.rows if "| 85.0" in row[2]] == [
+        ["ocl", "kappa=16", "85.1 | 85.0 ± 0.2 (-0.1, 800 ep)"]
+    ]
+
+
 # ------------------------------------------------------------------------------ the hyper-parameter tables of OCL
 
 KEY_OF = {"base_lr": "lr"}  # the paper's word -> the recipe's, where they differ
 DIFFER = {  # (table, arch, setting): what the recipe has instead of what is printed
     ("ocl_t9", "vit_l16", "batch_size"): 2048,  # section 3, Tables 2 to 4 and the released code's notes say 2,048
-    ("ocl_t11", "vit_l16", "batch_size"): 16384,  # the released code's notes probe both archs with 16,384, as MAE does
 }
 
 

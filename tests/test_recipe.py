@@ -123,7 +123,9 @@ def test_every_recipe_resolves_and_opens_with_its_command(name):
      ("ocl", None, "builtin", "vit_mini4_builtin"), ("mae", "vit_b16", "builtin", "vit_b16_builtin"),
      ("mae", "vit_l16", "imagenet:/x", "vit_l16_imagenet"),
      ("mae", None, "npz:/x/cifar10_train.npz", "vit_ti4_cifar10"),
-     ("ocl", None, "folder:/x", "vit_mini4_builtin"), ("ocl", "vit_b16", "folder:/x", "vit_b16_builtin")],
+     ("ocl", None, "folder:/x", "vit_mini4_builtin"), ("ocl", "vit_b16", "folder:/x", "vit_b16_imagenet"),
+     ("ccmim", "vit_b16", "coco", "vit_b16_imagenet"), ("mae", "vit_b16", "packed:/x", "vit_b16_imagenet"),
+     ("asl", "vit_ti4", "folder:/x", "vit_ti4_builtin")],
 )  # fmt: skip
 def test_the_recipe_that_a_command_means(method, arch, data, expected):
     assert choose(method, arch, data).stem == expected

@@ -1,5 +1,6 @@
 """Batched views equal torchvision's on the same boxes, and draw from their generator alone."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,6 +76,22 @@ def test_boxes_are_distributed_as_torchvisions(size):
         theirs = torch.tensor([RandomResizedCrop.get_params(blank, *law) for _ in range(2000)]).float()
     for what in (lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2]):
         assert ks_2samp(what(ours), what(theirs)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 100), (300, 200)])
+def test_boxes_of_one_try_are_maes_one_shot_crops(size):
+    """Sides that exceed the image are cut to it: no second draw, and the whole image more often."""
+    h, w = size
+    draw = np.random.default_rng(0)
+    area = h * w * draw.uniform(0.08, 1, 4000)
+    aspect = np.exp(draw.uniform(np.log(3 / 4), np.log(4 / 3), 4000))
+    theirs = np.stack([np.sqrt(area / aspect).round().clip(1, h), np.sqrt(area * aspect).round().clip(1, w)])
+    _, _, bh, bw = ours = crop_boxes(4000, size, (0.08, 1.0), torch.Generator().manual_seed(0), tries=1)
+    for mine, yours in ((bh, theirs[0]), (bw, theirs[1]), (bh * bw, theirs.prod(0))):
+        assert ks_2samp(mine, yours).pvalue > 1e-3
+    assert (ours[0] + bh <= h).all() and (ours[1] + bw <= w).all() and all((x >= 0).all() for x in ours)
+    ten = crop_boxes(4000, size, (0.08, 1.0), torch.Generator().manual_seed(0))
+    assert (bh * bw).mean() > (ten[2] * ten[3]).mean() + 0.03 * h * w
 
 
 def test_an_image_too_long_for_any_box_falls_back_to_the_centre():

@@ -56,6 +56,7 @@ class MicroBatches:
         image_size: int,
         crop_scale: tuple[float, float],
         workers: int,
+        crop_tries: int = 10,
         distort: Callable[[Image.Image], Image.Image] | None = None,
         labelled: bool = False,
     ) -> None:
@@ -65,7 +66,7 @@ class MicroBatches:
         self.distort, self.labelled = distort, labelled
         self.micro, self.world, self.accumulation = micro, world, accumulation
         self.steps_per_epoch = len(data) // (micro * world * accumulation)
-        self.crop = (crops, image_size, crop_scale)
+        self.crop = (crops, image_size, crop_scale, crop_tries)
         self.workers = workers
         self.corrupt: set[int] = set()  # indices of files that could not be read
         self.wait_s = 0.0  # host time spent waiting for data
@@ -144,10 +145,11 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
         crops: int,
         size: int,
         scale: tuple[float, float],
+        tries: int,
         distort: Callable[[Image.Image], Image.Image] | None = None,
     ) -> None:
         self.data, self.seed, self.crops, self.size, self.scale = data, seed, crops, size, scale
-        self.distort = distort
+        self.tries, self.distort = tries, distort
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int, list[int]]]:
         """What the loader asks for: a batch. Of a packed set all boxes at once, which saves a quarter of its time."""
@@ -170,7 +172,7 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
 
     def _draw(self, epoch: int, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of("crop", self.seed, epoch, index))
-        return torch.rand(4, self.crops, 10, generator=generator)
+        return torch.rand(4, self.crops, self.tries, generator=generator)
 
     def _crops(self, image: Image.Image, epoch: int, index: int) -> list[Tensor]:
         boxes = torch.stack(place_boxes(self._draw(epoch, index), image.height, image.width, self.scale), 1).long()

@@ -47,6 +47,7 @@ class AugmentedProbe(Strict):
     batch_norm: bool = True  # without affine, before the head
     pool: Literal["cls", "mean", "mean_all"] | None = None  # None: the method's own
     crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_tries: Literal[1, 10] = 1  # 1: MAE's sampler; 10: torchvision's (views.crop_boxes)
     flip: bool = True
     head_std: float = Field(0.01, gt=0)
     image_size: None = None  # the encoder is frozen: that of its pre-training
@@ -66,6 +67,7 @@ class Probe(Method):
     ) -> None:
         super().__init__(None, encoder, augment)
         self.pool = pool  # type: ignore[misc]
+        self.crop_tries = science.crop_tries
         encoder.requires_grad_(False)
         dim = encoder.arch.dim
         self.norm: nn.Module = nn.BatchNorm1d(dim, affine=False, eps=1e-6) if science.batch_norm else nn.Identity()
@@ -85,7 +87,8 @@ class Probe(Method):
         self, images: Tensor, generator: torch.Generator, labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         assert labels is not None
-        return {"images": one_view(images, self.encoder.image[0], self.augment, generator), "labels": labels}
+        x = one_view(images, self.encoder.image[0], self.augment, generator, tries=self.crop_tries)
+        return {"images": x, "labels": labels}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"logits": self.logits(views["images"]), "labels": views["labels"]}
@@ -110,7 +113,7 @@ class ProbeJob(LabelledJob):
 
     def __init__(self, recipe: Any, subject: Subject, spec: str, train: ImageSet, pool: str, seed: int) -> None:
         super().__init__(recipe, subject, spec, train, pool, seed)
-        self.classes = train.classes
+        self.classes, self.crop_tries = train.classes, self.science.crop_tries
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of("held out", seed)))
         held = max(1, round(HELD_OUT * len(train))) if len(self.science.lr) > 1 else 0
         self.select = subset(train, order[:held]) if held else None

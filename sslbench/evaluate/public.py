@@ -86,7 +86,9 @@ def to_encoder(state: dict[str, Tensor], where: str) -> tuple[VisionTransformer,
     side = math.isqrt(max(0, table.shape[1] - 1))
     if not side or 1 + side * side != table.shape[1]:
         raise UserError(f"{where}: expected positions (1, 1 + side x side, {dim}), found {tuple(table.shape)}")
-    encoder = VisionTransformer(ARCHS[names[0]], side * patch)
+    # Heads do not show in a file. Where two archs differ in nothing else, MoCo v3's files have the one with 12.
+    name = names[-1 if "base_encoder" in prefix or "momentum_encoder" in prefix else 0]
+    encoder = VisionTransformer(ARCHS[name], side * patch)
     wanted = encoder.state_dict()
     missing, extra = sorted(wanted.keys() - mine.keys()), sorted(mine.keys() - wanted.keys())
     if missing or extra:
@@ -94,7 +96,7 @@ def to_encoder(state: dict[str, Tensor], where: str) -> tuple[VisionTransformer,
         has = f"has {', '.join(extra[:3])}" if extra else ""
         raise UserError(f"{where} is not a plain ViT: it {' and '.join(filter(None, (lacks, has)))}")
     encoder.load_state_dict(mine)
-    return encoder, names[0]
+    return encoder, name
 
 
 def statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -15,15 +15,16 @@ from ..pretrain import compose, length
 from ..recipe import Recipe, digest, recipe_files
 from ..train.job import run_name
 from ..train.meter import flops_per_image
-from .papers import measured_for, paper_tables, plugin_of, protocol_of, read_paper, tuned_epochs
+from .papers import contradiction, measured_for, paper_tables, plugin_of, protocol_of, read_paper, tuned_epochs
 from .tables import newest
 
 YARDSTICK = "A100"
+_UNKNOWN: dict[str, Any] = {"eval": [], "flops": None, "device_hours": None, "note": ""}
 _counted: dict[str, float] = {}  # FLOPs of an image, by what they depend on
 
 
 def missing(names: list[str], records: list[Record], console: Console) -> list[dict[str, Any]]:
-    """Print and return [{"table", "pretrain" (a command), "eval" (commands), "flops", "device_hours"}, ...].
+    """Print and return [{"table", "pretrain" (a command), "eval" (commands), "flops", "device_hours", "note"}, ...].
 
     One entry a pre-training and table, for the methods of this suite; nothing where all its numbers are measured. The
     cost is of the pre-training alone, its FLOPs at `plan`'s share of an A100's peak: not measured.
@@ -36,6 +37,8 @@ def missing(names: list[str], records: list[Record], console: Console) -> list[d
         for entry in found:
             cost = "" if entry["flops"] is None else f"    # about {entry['device_hours']:,.0f} {YARDSTICK} hours"
             console.print(f"  {entry['pretrain']}{cost}", markup=False)
+            if entry["note"]:
+                console.print(f"    # {entry['note']}", markup=False)
             for command in entry["eval"]:
                 console.print(f"    {command}", markup=False)
         out += found
@@ -55,12 +58,18 @@ def _of_table(name: str, records: list[Record]) -> list[dict[str, Any]]:
     ]
     if open_lines and name in recipe_files("ablations"):  # its rows differ in settings that only its recipe knows
         command = f"sslbench ablate {name} --scale paper"
-        return [{"table": name, "pretrain": command, "eval": [], "flops": None, "device_hours": None}]
+        return [{"table": name, "pretrain": command, **_UNKNOWN}]
     commands: dict[tuple[str, str, str, str], list[str]] = {}
+    notes: dict[tuple[str, str, str, str], str] = {}
     for line in open_lines:
         key = (plugin_of(line), line["arch"], line["pretrain_data"].replace("_", "-"), line["epochs"])
         commands.setdefault(key, []).extend(_evaluation(line))
-    return [_entry(name, *key, list(dict.fromkeys(evals))) for key, evals in commands.items()]
+        if line["note"].startswith("epochs"):  # the paper contradicts itself in what the command takes from it
+            notes[key] = contradiction(line["note"])
+    return [
+        {**_entry(name, *key, list(dict.fromkeys(evals))), "note": notes.get(key, "")}
+        for key, evals in commands.items()
+    ]
 
 
 def _evaluation(line: Any) -> list[str]:
@@ -81,18 +90,19 @@ def _evaluation(line: Any) -> list[str]:
 
 
 def _entry(table: str, method: str, arch: str, data: str, epochs: str, evals: list[str]) -> dict[str, Any]:
+    own = f"{method}/{table}_{data}"  # a recipe for this table alone, where its settings are not the method's usual
+    own = own if own in recipe_files() else ""
     try:
         science = {"arch": arch, "data": {"spec": data}, "epochs": float(epochs) if epochs else None}
-        recipe = compose(method, science=science)
+        recipe = compose(method, recipe=own or None, science=science)
     except UserError:  # an arch that the paper does not print, or that is not of the suite
-        return {"table": table, "pretrain": f"sslbench pretrain {method} --data {data}", "eval": [], "flops": None,
-                "device_hours": None}  # fmt: skip
+        return {"table": table, "pretrain": f"sslbench pretrain {method} --data {data}", **_UNKNOWN}
     run = f"runs/{run_name(recipe)}"
     known = known_size(data) is not None
     flops = _flops(recipe) * length(recipe)[2] * recipe.science.batch_size if known else None
     return {
         "table": table,
-        "pretrain": f"sslbench pretrain {method} --arch {arch} --data {data}"
+        "pretrain": f"sslbench pretrain {method} {f'--recipe {own}' if own else f'--arch {arch}'} --data {data}"
         + (f" --epochs {epochs}" if epochs else ""),
         "eval": [command.replace("RUN", run) for command in evals],
         "flops": flops,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..ablate import paper_hashes
 from ..errors import UserError, nearest
 from ..evaluate.features import POOLS
 from ..evaluate.run import eval_recipe
@@ -154,11 +155,36 @@ def measured_for(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[
     """What the ledger has for a printed number, each protocol and recipe for itself: `73.9 ± 0.2 (800 ep)`, and the id
     of a record behind it.
 
-    Nothing where the table has several lines of this method, arch, data and metric that a record cannot tell apart:
-    it knows its epochs, but not a row's condition. Where the line is the only one, a record of other epochs says so.
+    A row of an ablation that is a recipe here has the numbers of that very recipe. Else nothing where the table has
+    several lines of this method, arch, data and metric that a record cannot tell apart: it knows its epochs, but not a
+    row's condition. Where the line is the only one, a record of other epochs says so.
     """
-    metric, wanted = line["metric"], _wanted(line)
-    records = [r for r in records if r.metric == metric and r.scale != "tiny" and _facts(r) == wanted]
+    tuned, of_row = tuned_epochs(line["condition"]), paper_hashes(f"{line['paper']}_{line['table']}").get(line["row"])
+    if of_row:
+        fitting = [r for r in records if r.pretrain.recipe_hash == of_row and _facts(r)[3:] == _wanted(line)[3:]]
+    else:
+        fitting = _by_facts(line, frame, records)
+    found: dict[tuple[RowKey, str, str], list[Record]] = defaultdict(list)
+    for r in fitting:
+        if follows(r, protocol_of(line), tuned):
+            found[row_key(r), r.protocol.name, r.protocol.hash].append(r)
+    several = [len({*part}) > 1 for part in zip(*((key[-1], *protocol) for key, *protocol in found), strict=True)]
+    out = []
+    for ((_, _, epochs, preset, recipe), protocol, hash), group in sorted(found.items()):
+        words = [preset] if preset not in ("", "paper") and not of_row else []
+        words += [f"{epochs:g} ep" if epochs else "unknown epochs"] if f"{epochs:g}" != line["epochs"] else []
+        words += [part for part, told in zip((recipe[:6], protocol, hash[:6]), several, strict=True) if told]
+        cell = cell_of(group)
+        if (printed := _number(line["value"])) is not None:
+            words = [f"{cell.value - printed:+.1f}", *words]
+        out.append((f"{cell} ({', '.join(words)})" if words else str(cell), cell.records[0].id))
+    return out
+
+
+def _by_facts(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[Record]:
+    """The records whose method, arch, data and epochs can be those of no other line of the table."""
+    wanted = _wanted(line)
+    records = [r for r in records if r.scale != "tiny" and _facts(r) == wanted]
     if not records:
         return []
     same = ["method", "arch", "pretrain_data", "metric", "dataset"]
@@ -168,22 +194,11 @@ def measured_for(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[
     ]
     if (alike["epochs"] == line["epochs"]).sum() > 1:
         return []
-    found: dict[tuple[RowKey, str, str], list[Record]] = defaultdict(list)
-    for r in records:
-        at_scale = (r.scale == "paper" and len(alike) == 1) or line["epochs"] == f"{r.pretrain.epochs or 0:g}"
-        if at_scale and follows(r, protocol_of(line), tuned_epochs(line["condition"])):
-            found[row_key(r), r.protocol.name, r.protocol.hash].append(r)
-    several = [len({*part}) > 1 for part in zip(*((key[-1], *protocol) for key, *protocol in found), strict=True)]
-    out = []
-    for ((_, _, epochs, preset, recipe), protocol, hash), group in sorted(found.items()):
-        words = [preset] if preset not in ("", "paper") else []
-        words += [f"{epochs:g} ep" if epochs else "unknown epochs"] if f"{epochs:g}" != line["epochs"] else []
-        words += [part for part, told in zip((recipe[:6], protocol, hash[:6]), several, strict=True) if told]
-        cell = cell_of(group)
-        if (printed := _number(line["value"])) is not None:
-            words = [f"{cell.value - printed:+.1f}", *words]
-        out.append((f"{cell} ({', '.join(words)})" if words else str(cell), cell.records[0].id))
-    return out
+    return [
+        r
+        for r in records
+        if (r.scale == "paper" and len(alike) == 1) or line["epochs"] == f"{r.pretrain.epochs or 0:g}"
+    ]
 
 
 def _facts(r: Record) -> list[str]:
@@ -208,6 +223,8 @@ def protocol_of(line: Any) -> tuple[str, str] | None:
     if metric == "linprobe_top1":
         of_paper = {"ccmim": "linprobe_ccmim", "macrl": f"linprobe_macrl_{small}"}
         own = "linprobe_mocov3" if method == "mocov3" and paper != "macrl" else of_paper.get(paper)
+        if large and method in ("ocl", "micl"):
+            own = "linprobe_ocl_l"
         return "eval linprobe", own or ("linprobe_mae_l" if large else "linprobe_mae")
     if metric == "finetune_top1":
         fine = {"inat18": "_inat", "inat19": "_inat", "flowers102": "_flowers"}.get(line["dataset"], "")
@@ -277,7 +294,7 @@ def disagreements() -> list[Disagreement]:
     out = []
     for name in paper_tables():
         frame = read_paper(name)
-        frame["against"] = frame["note"].map(_contradiction)
+        frame["against"] = frame["note"].map(contradiction)
         for against, lines in frame[frame["against"] != ""].groupby("against", sort=False):
             place = f"section {lines.iloc[0]['row']}, " if lines.iloc[0]["table"] == "text" else ""
             whose = ", ".join(dict.fromkeys(v for v in (*lines["method"], *lines["arch"]) if v))
@@ -291,7 +308,7 @@ def disagreements() -> list[Disagreement]:
     return out
 
 
-def _contradiction(note: str) -> str:
+def contradiction(note: str) -> str:
     """The note without what it says to agree; '' where nothing in it contradicts what is printed."""
     clauses = [c for c in note.split("; ") if "agree" not in c]
     return "; ".join(clauses) if any(map(CONTRADICTS.search, clauses)) else ""

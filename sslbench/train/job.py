@@ -27,6 +27,7 @@ class Job:
     too_large = "use --batch-size"  # advice where a batch is more than there are images
     distort: Callable[[Image], Image] | None = None  # of PIL crops
     labelled = False  # whether a batch is (images, labels)
+    crop_tries = 10  # see views.crop_boxes
 
     def __init__(self, recipe: Recipe) -> None:
         s = recipe.science
