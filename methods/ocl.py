@@ -93,7 +93,8 @@ class OCL(Method):
         m, n = outputs["m"], outputs["n"]
         (all_m, first), (all_n, _) = (gather(x) if self.config.gather_negatives else (x, 0) for x in (m, n))
         nce = (self._contrast(m, all_n, all_m, first) + self._contrast(n, all_m, all_n, first)) / 2
-        return {"loss": nce, "nce": nce, "scale": torch.as_tensor(self.scale(), device=nce.device).detach()}
+        scale = self.scale()
+        return {"loss": nce, "nce": nce, **({"scale": scale.detach()} if isinstance(scale, Tensor) else {})}
 
     def _contrast(self, anchors: Tensor, others: Tensor, own: Tensor, first: int) -> Tensor:
         """One direction: anchors (B, D) among the other group's features (C, D); own: those of the anchors' group."""

@@ -161,7 +161,7 @@ def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
     rate = s.batch_size / statistics.median(times)
     flops = flops_per_image(recipe)
     return {
-        "method": recipe.method,
+        "method": recipe.method_name,
         "arch": s.arch,
         "image_size": s.data.image_size,
         "precision": {torch.float32: "32", torch.float16: "16"}.get(dtype, "bf16"),

@@ -79,6 +79,11 @@ class Record(Part):
     scale: Scale
     condition: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def run_seed(self) -> int:
+        """The pre-training's seed. `seed` is the evaluation's, which differs where it was asked for."""
+        return int(self.condition.get("pretrain_seed", self.seed))
+
 
 def ledger_folder() -> Path:
     return home() / "results" / "ledger"

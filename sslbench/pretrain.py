@@ -111,16 +111,19 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
 def start(recipe: Recipe, out: Path | None, console: Console, slurm: str | None = None) -> dict[str, str]:
     """Run it, in `--out` or in runs/<name>; with `slurm`, sbatch's options, as a job of a cluster."""
     from .train.job import run_name
+    from .train.launch import agree
     from .train.loop import pretrain
 
     folder = out or home() / "runs" / run_name(recipe)
     console.print(
-        f"{recipe.method} {recipe.science.arch} on {data_name(recipe.science.data.spec)}, recipe {recipe.name}"
+        f"{recipe.method_name} {recipe.science.arch} on {data_name(recipe.science.data.spec)}, recipe {recipe.name}"
     )
     if slurm is not None:
         from .train.slurm import submit
 
         return submit(recipe, folder, slurm, console)
+    agree(recipe.machine)
+    console.print(f"batch {Batch.of(recipe)}")
     status = pretrain(recipe, folder, Console(stderr=True, highlight=False))
     console.print(f"{status}: {folder}")
     return {"run": str(folder), "status": "finished" if status == "already finished" else status}

@@ -101,6 +101,12 @@ class Recipe(Strict):
         return self.science.method["name"]
 
     @property
+    def method_name(self) -> str:
+        """What folders, hashes and numbers call it: of `path/to/file.py:Class` the file's stem."""
+        path, colon, _ = self.method.rpartition(":")
+        return Path(path).stem if colon else self.method
+
+    @property
     def preset(self) -> str:
         return self.science.method["preset"]
 
@@ -110,6 +116,7 @@ class Recipe(Strict):
         science = self.science.model_dump(mode="json")
         science.pop("seed")
         science["method"].pop("preset")
+        science["method"]["name"] = self.method_name
         science["data"]["spec"] = data_name(self.science.data.spec)
         return digest(science)
 
@@ -271,7 +278,10 @@ def parse_sets(pairs: list[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UserError(f"--set {pair}: expected KEY=VALUE, such as science.optim.lr=1e-3")
-        leaf: Any = yaml.safe_load(value) if value.strip() else None
+        try:
+            leaf: Any = yaml.safe_load(value) if value.strip() else None
+        except yaml.YAMLError as e:
+            raise UserError(f"--set {pair}: the value is not YAML ({' '.join(str(e).split())[:120]})") from None
         for part in reversed(key.strip().split(".")):
             leaf = {part: leaf}
         tree = merge(tree, leaf)

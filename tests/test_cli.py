@@ -199,6 +199,7 @@ BAD = {
     "batch size": (["pretrain", "ocl", *SMOKE, "--batch-size", "8192"], "more than the 4000 images"),
     "no run": (["eval", "knn"], "no finished pre-training run"),
     "not a run": (["eval", "knn", "nothing"], "no run folder"),
+    "set that is no YAML": (["pretrain", "ocl", "--set", "science.augment.crop_scale=[1"], "is not YAML"),
     "option": (["pretrain", "ocl", "--epoch", "3"], "--epoch"),
     "config against the encoder": (["pretrain", "ccmim", "--recipe", "ccmim_smoke", "--set", "science.method.score_layers=[6]", "--dry-run"], "blocks are 0 to 5"),
     "config against itself": (["pretrain", "asl", "--recipe", "asl_smoke", "--set", "science.method.align=false"], "set recon_on"),

@@ -124,8 +124,9 @@ def test_a_corrupt_image_is_listed_substituted_counted_and_not_tolerated_in_numb
     monkeypatch.setattr("sslbench.data.loader.CORRUPT_LIMIT", 0.1)  # as if it were one in many
     (loader, a), (_, b) = batches(data), batches(data)
     assert loader.corrupt == {3} and all(x.equal(y) for x, y in zip(a, b, strict=True))
-    views = torch.cat(list(evaluation_batches(data, 16, 7, torch.device("cpu"), 0)))
-    assert views.shape == (40, 3, 16, 16) and views[3].equal(views[4])
+    with pytest.warns(UserWarning, match="1 of 40 images of .* taken as black, such as .*" + bad.name):
+        views = torch.cat(list(evaluation_batches(data, 16, 7, torch.device("cpu"), 0)))
+    assert views.shape == (40, 3, 16, 16) and not views[3].any() and all(v.any() for v in (*views[:3], *views[4:]))
 
 
 def save(folder, images):
@@ -169,6 +170,11 @@ def test_coco_photographs_come_without_labels_and_a_wrong_layout_says_what_was_e
 def test_a_plan_knows_the_size_of_joined_sets_that_are_not_here():
     assert known_size("imagenet100+coco") == 126_689 + 118_287  # 59 full batches of 4,096: ASL's 47k iterations
     assert (known_size("imagenet100+coco") // 4096 * 800, known_size("builtin+folder:x")) == (47_200, None)
+
+
+def test_of_a_folder_that_is_here_and_of_a_list_only_a_look_tells_the_size(tmp_path):
+    assert known_size("imagenet:nowhere") == 1_281_167
+    assert known_size(f"imagenet:{tmp_path}") is None and known_size("imagenet:nowhere@imagenet100.txt") is None
 
 
 def test_a_class_list_makes_a_subset_with_its_own_name(image_folder, tmp_path):

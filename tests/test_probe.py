@@ -1,14 +1,16 @@
 """The linear probe with augmentation: LARS by hand, heads side by side, selection without a look at val."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sslbench.data import open_split, subset
+from sslbench.errors import UserError
 from sslbench.evaluate.features import open_subject
-from sslbench.evaluate.probe import AugmentedProbe, Probe
+from sslbench.evaluate.probe import AugmentedProbe, Probe, ProbeJob
 from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.recipe import Augment
 from sslbench.train.guard import FiniteGuard
@@ -56,6 +58,33 @@ def test_heads_side_by_side_learn_as_each_would_alone(home):
     for a, b in ((0, 1), (1, 0)):
         torch.testing.assert_close(together[f"heads.{a}.weight"], crossed[f"heads.{b}.weight"], rtol=1e-4, atol=1e-6)
     assert other.value == pytest.approx(record.value, abs=0.2) and other.condition["lr"] == record.condition["lr"]
+
+
+def test_batchnorm_sees_what_the_recipe_says_on_any_machine(home):
+    """The encoder's passes are a matter of memory; what is normalised together is the protocol's."""
+    found = {}
+    for name, sets in {"whole": ["machine.micro_batch=250"], "parts": ["machine.micro_batch=50"],
+                       "other": ["science.norm_batch=50"]}.items():  # fmt: skip
+        record = evaluate(eval_recipe("linprobe", "linprobe_mae", [*QUICK, *sets]), RUN, "builtin")[0]
+        run = home / "runs" / record.condition["eval_run"]
+        found[name] = record, load_file(run / "weights.safetensors")
+        shutil.rmtree(run)
+    (whole, x), (parts, y), (other, z) = found.values()
+    assert whole.protocol == parts.protocol != other.protocol and whole.value == pytest.approx(parts.value, abs=0.11)
+    for key in x:
+        torch.testing.assert_close(x[key], y[key], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(x["norm.running_mean"], z["norm.running_mean"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="BatchNorm takes 100 images together"):
+        evaluate(eval_recipe("linprobe", "linprobe_mae", [*QUICK, "science.norm_batch=100"]), RUN, "builtin")
+
+
+def test_a_probe_on_other_images_is_another_run():
+    subject, data = open_subject(RUN), open_split("builtin", "train")
+    first, second = (
+        ProbeJob(eval_recipe("linprobe", "linprobe_mae"), subject, "builtin", part, "cls", 0)
+        for part in (data, subset(data, torch.arange(500)))
+    )
+    assert first.folder_name != second.folder_name and first.identity != second.identity
 
 
 @pytest.mark.parametrize("recipe", ["linprobe_mocov3", "linprobe_macrl_cifar"])

@@ -55,6 +55,17 @@ def records(*all_fields):
     return [ledger.append(f) for f in all_fields]
 
 
+def test_seeds_of_the_evaluation_are_averaged_within_a_seed_of_the_pre_training(home):
+    """A run probed by seeds 0 to 2, and its sister run by its own seed: two seeds, of 41 and of 50."""
+    of_first = [fields(v, seed=s, weights_sha256="w0", condition={"pretrain_seed": 0} if s else {})
+                for s, v in enumerate((40, 41, 42))]  # fmt: skip
+    (cell,) = cells(*tables(records(*of_first)))
+    assert (cell.value, cell.over, cell.seeds()) == (41, "evaluation seeds", [0, 1, 2])
+    assert cell.half == pytest.approx(4.3027 / 3**0.5, rel=1e-3)  # Student's t, 2 degrees of freedom
+    (cell,) = cells(*tables(records(fields(50, seed=1, weights_sha256="w1")) + ledger.read()[:3]))
+    assert (cell.value, cell.over, cell.by_seed()) == (45.5, "seeds", {0: 41, 1: 50})
+
+
 def quickstart_records(seeds=1, recipe=""):
     """Six methods and the untrained ViT under four protocols; the methods of a protocol within 0.6 points."""
     return records(

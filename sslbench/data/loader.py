@@ -7,6 +7,7 @@ import hashlib
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -268,10 +269,13 @@ class _Centred(Dataset[tuple[Tensor, int, list[int]]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, list[int]]:
-        image, _, corrupt = _readable(self.data, index, lambda image: image.convert("RGB"))
+        try:
+            image = self.data.use(index, lambda image: image.convert("RGB"))
+        except OSError:  # black: an answer to it counts, and is hardly ever right
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, [index]
         (h, w), (top, left) = centre_window((image.height, image.width), self.size)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
-        return to_tensor(image.crop((left, top, left + self.size, top + self.size))), -1, corrupt
+        return to_tensor(image.crop((left, top, left + self.size, top + self.size))), -1, []
 
 
 def evaluation_sample(data: ImageSet, n: int, size: int) -> Tensor:
@@ -305,3 +309,9 @@ def evaluation_batches(data: ImageSet, size: int, batch: int, device: torch.devi
                 f"{len(corrupt)} of {len(data)} images of {data.name} cannot be read; see `sslbench data check`"
             )
         yield images.to(device, non_blocking=True).float()
+    if corrupt:
+        warnings.warn(
+            f"{len(corrupt)} of {len(data)} images of {data.name} cannot be read and were taken as black, such as "
+            f"{data.where(min(corrupt))}; `sslbench data check` lists them all",
+            stacklevel=2,
+        )

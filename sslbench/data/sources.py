@@ -241,8 +241,13 @@ def open_test(spec: str) -> ImageSet:
 
 def known_size(spec: str) -> int | None:
     """Training images of a set that need not be on this machine; None where only a look can tell."""
-    sizes = [SIZES.get(part.partition(":")[0]) for part in spec.split("+")]
-    return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def size(part: str) -> int | None:
+        kind, _, where = part.partition(":")
+        return None if "@" in where or Path(where or "nowhere").expanduser().exists() else SIZES.get(kind)
+
+    sizes = [size(part) for part in spec.split("+")]
+    return None if None in sizes else sum(n or 0 for n in sizes)
 
 
 def _joined(parts: list[ImageSet]) -> ImageSet:

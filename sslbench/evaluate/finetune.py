@@ -190,7 +190,7 @@ class FinetuneJob(LabelledJob):
         assert val.labels is not None
         model, _, _ = load_classifier(weights)
         answer = predict(model, val, device, self.machine.workers).argmax(1)
-        return 100 * float((answer == val.labels).float().mean()), {"epochs": self.epochs}
+        return 100 * int((answer == val.labels).sum()) / len(val), {"epochs": self.epochs}
 
     def save_weights(self, path: Path, method: Method) -> None:
         """Encoder and head under timm's names, with what rebuilds and explains them."""

@@ -32,7 +32,7 @@ class LabelledJob(Job):
         size = [self.image_size, self.image_size]
         science = {**s.model_dump(mode="json"), "pool": pool, "image_size": size}
         self.protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
-        hash = digest([self.protocol["hash"], subject.sha256, data_name(spec)])
+        hash = digest([self.protocol["hash"], subject.sha256, data_name(spec), train.fingerprint])
         self.identity = {"arch": subject.arch, "recipe_hash": hash, "seed": seed}
         origin = subject.path.parent.name if subject.run and subject.path else subject.name
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", origin)

@@ -20,8 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..data import ImageSet, subset
 from ..data.loader import evaluation_batches, seed_of
+from ..errors import UserError
 from ..method import Method
-from ..recipe import Augment, Epochs, Optim, Strict
+from ..recipe import Augment, Batch, Epochs, Optim, Strict
+from ..siamese import BatchNorm
 from ..train.optim import Lars
 from ..train.state import write_atomically
 from ..views import normalise, one_view
@@ -45,6 +47,7 @@ class AugmentedProbe(Strict):
     weight_decay: float = Field(0.0, ge=0)
     warmup_epochs: float = Field(10, ge=0)
     batch_norm: bool = True  # without affine, before the head
+    norm_batch: int = Field(512, gt=1)  # images that BatchNorm takes together, over all devices; MAE's images a GPU
     pool: Literal["cls", "mean", "mean_all"] | None = None  # None: the method's own
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_tries: Literal[1, 10] = 1  # 1: MAE's sampler; 10: torchvision's (views.crop_boxes)
@@ -63,14 +66,25 @@ class Probe(Method):
     """Linear heads on one frozen encoder; their losses add up, and since they share nothing, each learns alone."""
 
     def __init__(
-        self, science: AugmentedProbe, encoder: VisionTransformer, augment: Augment, classes: int, pool: str
+        self,
+        science: AugmentedProbe,
+        encoder: VisionTransformer,
+        augment: Augment,
+        classes: int,
+        pool: str,
+        chunk: int | None = None,
     ) -> None:
+        """chunk: images that the encoder takes at once; None: all of a batch."""
         super().__init__(None, encoder, augment)
+        self.chunk = chunk
         self.pool = pool  # type: ignore[misc]
         self.crop_tries = science.crop_tries
         encoder.requires_grad_(False)
         dim = encoder.arch.dim
-        self.norm: nn.Module = nn.BatchNorm1d(dim, affine=False, eps=1e-6) if science.batch_norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        if science.batch_norm:
+            self.norm = BatchNorm(dim, affine=False, everywhere=True)
+            self.norm.eps = 1e-6
         self.heads = nn.ModuleList(nn.Linear(dim, classes) for _ in science.lr)
         first = torch.empty(classes, dim)
         nn.init.trunc_normal_(first, std=science.head_std)
@@ -96,8 +110,8 @@ class Probe(Method):
     def logits(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> (heads, B, classes)."""
         with torch.no_grad():
-            feature = pool_tokens(self.encoder(images), self.pool)
-        feature = self.norm(feature.float())
+            parts = [pool_tokens(self.encoder(x), self.pool) for x in images.split(self.chunk or len(images))]
+        feature = self.norm(torch.cat(parts).float())
         return torch.stack([head(feature) for head in self.heads])
 
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,7 +136,20 @@ class ProbeJob(LabelledJob):
     def build(self) -> Probe:
         s, subject = self.science, self.subject
         augment = Augment(crop_scale=s.crop_scale, flip=s.flip, mean=subject.mean, std=subject.std)  # type: ignore[arg-type]
-        return Probe(s, subject.encoder, augment, len(self.classes), self.pool)
+        return Probe(s, subject.encoder, augment, len(self.classes), self.pool, self.machine.micro_batch)
+
+    def batch(self) -> Batch:
+        """With BatchNorm, in parts of what it takes together on any machine; the encoder's passes may be smaller."""
+        s, world = self.science, self.machine.devices * self.machine.nodes
+        if not s.batch_norm:
+            return super().batch()
+        together = min(s.norm_batch, s.batch_size)
+        if together % world or s.batch_size % together:
+            raise UserError(
+                f"BatchNorm takes {together} images together (science.norm_batch): they do not divide among {world} "
+                f"device(s), or the batch of {s.batch_size} into whole parts; change machine.devices or that batch"
+            )
+        return Batch.divide(s.batch_size, self.machine.model_copy(update={"micro_batch": together // world}))
 
     def optimizer(self, method: Method) -> torch.optim.Optimizer:
         assert isinstance(method, Probe)
@@ -162,9 +189,9 @@ class ProbeJob(LabelledJob):
 def _top1(model: Probe, data: ImageSet, device: torch.device, workers: int) -> Tensor:
     """Of each head, in percent."""
     assert data.labels is not None
-    right, start = torch.zeros(len(model.heads)), 0
+    right, start = torch.zeros(len(model.heads), dtype=torch.long), 0
     for images in evaluation_batches(data, model.encoder.image[0], 250, device, workers):
         answer = model.logits(normalise(images, model.augment.mean, model.augment.std)).argmax(-1).cpu()
         right += (answer == data.labels[start : start + len(images)]).sum(1)
         start += len(images)
-    return 100 * right / len(data)
+    return 100 * right.double() / len(data)

@@ -179,7 +179,7 @@ def _train_and_score(recipe: EvalRecipe, run: str, data: str | None, seed: int |
     if not alone():
         raise SystemExit(0)
     info = read_run(folder)
-    if "record" in info:
+    if info.get("record", {}).get("data_fingerprint") == val.fingerprint:
         console.print(f"{folder} is finished: the number below is the one it has in the ledger")
         return Record.model_validate(info["record"])
     began = time.perf_counter()
@@ -212,7 +212,7 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
         answer = at[logits[:, at].argmax(1)]
     else:
         answer = logits.argmax(1)
-    top1 = 100 * float((answer == at[test.labels]).float().mean())
+    top1 = 100 * int((answer == at[test.labels]).sum()) / len(test)
     size = model.encoder.image[0]
     protocol = {
         "name": recipe.name,
@@ -260,6 +260,8 @@ def to_ledger(
     """
     before, device = facts["cost"], default_device().type
     wall = spent["wall_s"]
+    if facts.get("seed") not in (None, seed):
+        condition = {**condition, "pretrain_seed": facts["seed"]}
     flops = [c for c in (before.get("flops"), spent.get("flops")) if c is not None]
     return append(
         {

@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from ..errors import UserError, nearest
 from ..ledger import Record
 from ..stats import normal_difference, paired_difference
-from .tables import MAIN_METRICS
+from .tables import MAIN_METRICS, by_run_seed, cell_of
 
 # Numbers that may be compared: the same images, scored by the same rules.
 Key = tuple[str, str, str, str, str]  # dataset, fingerprint, protocol name, protocol hash, metric
@@ -29,18 +29,21 @@ def compare(a: str, b: str, records: list[Record], console: Console) -> dict[str
     left, right = _select(a, records), _select(b, records)
     rows = []
     for key in sorted(left.keys() & right.keys()):
-        seeds = sorted(left[key].keys() & right[key].keys())
+        cells = cell_of(left[key]), cell_of(right[key])
+        of_a, of_b = (cell.by_seed() for cell in cells)
+        seeds = sorted(of_a.keys() & of_b.keys())
         if not seeds:
             continue
-        x, y = ([side[key][s] for s in seeds] for side in (left, right))
+        x, y = ([side[s] for s in seeds] for side in (of_a, of_b))
         half: float | None
         if len(seeds) > 1:
-            difference, half, p = paired_difference([r.value for r in x], [r.value for r in y])
+            difference, half, p = paired_difference(x, y)
             test = f"paired t, {len(seeds)} seeds"
         else:
-            difference, half, p = normal_difference(x[0].value, x[0].stderr, y[0].value, y[0].stderr)
+            errors = [by_run_seed(cell.records)[seeds[0]][0].stderr for cell in cells]
+            difference, half, p = normal_difference(x[0], errors[0], y[0], errors[1])
             test = "z, 1 seed"
-        means = [math.fsum(r.value for r in side) / len(seeds) for side in (x, y)]
+        means = [math.fsum(side) / len(seeds) for side in (x, y)]
         rows.append(
             {
                 "dataset": key[0],
@@ -61,9 +64,9 @@ def compare(a: str, b: str, records: list[Record], console: Console) -> dict[str
     return {"a": a, "b": b, "rows": rows}
 
 
-def _select(name: str, records: list[Record]) -> dict[Key, dict[int, Record]]:
-    """The newest record of each seed, by what it may be compared with."""
-    found: dict[Key, dict[int, Record]] = defaultdict(dict)
+def _select(name: str, records: list[Record]) -> dict[Key, list[Record]]:
+    """The records of what is named, by what they may be compared with."""
+    found: dict[Key, list[Record]] = defaultdict(list)
     recipes: dict[str, str] = {}
     wanted = _without_seed(name.rstrip("/").rpartition("/")[2])
     for r in sorted(records, key=lambda r: r.created):
@@ -71,7 +74,7 @@ def _select(name: str, records: list[Record]) -> dict[Key, dict[int, Record]]:
         if wanted not in (r.method, r.pretrain.recipe_hash, run) or r.metric not in (*MAIN_METRICS, "top1"):
             continue
         recipes[f"{r.arch} {r.pretrain.recipe_hash or ''}".strip()] = run or r.method
-        found[r.dataset, r.data_fingerprint, r.protocol.name, r.protocol.hash, r.metric][r.seed] = r
+        found[r.dataset, r.data_fingerprint, r.protocol.name, r.protocol.hash, r.metric].append(r)
     if not found:
         known = sorted({r.method for r in records} | {r.pretrain.run for r in records if r.pretrain.run})
         raise UserError(

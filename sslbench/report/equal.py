@@ -81,9 +81,9 @@ def _differences(pairs: list[tuple[Row, Row]], column: str) -> list[str]:
     for i, (a, b) in enumerate(pairs):
         if column not in a.cells or column not in b.cells:
             continue
-        of_a, of_b = ({r.seed: r for r in row.cells[column].records} for row in (a, b))
+        of_a, of_b = (row.cells[column].by_seed() for row in (a, b))
         seeds = sorted(of_a.keys() & of_b.keys())
-        x, y = ([side[s].value for s in seeds] for side in (of_a, of_b))
+        x, y = ([side[s] for s in seeds] for side in (of_a, of_b))
         if seeds:
             found[i] = paired_difference(x, y) if len(seeds) > 1 else (x[0] - y[0], None, None)
     ps = holm({i: p for i, (_, _, p) in found.items() if p is not None})

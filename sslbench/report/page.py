@@ -307,7 +307,7 @@ def _html_cell(cell: Cell | None) -> str:
     if cell is None:
         return "<td></td>"
     gain = "" if cell.gain is None else f' <span class="gain">({cell.gain:+z.1f})</span>'
-    seeds = ", ".join(str(r.seed) for r in cell.records)
+    seeds = ", ".join(map(str, cell.seeds()))
     interval = "no interval known" if cell.half is None else f"95 % interval over {cell.over}"
     hover = f"{interval}; seed {seeds}; n = {cell.records[0].n}"
     return f'<td title="{escape(hover)}"><a href="#{cell.records[0].id}">{cell}</a>{gain}</td>'
@@ -315,7 +315,7 @@ def _html_cell(cell: Cell | None) -> str:
 
 def _reading_order(r: Record) -> tuple[str, ...]:
     """The seeds of a number one after the other."""
-    return r.dataset, r.pretrain.recipe_hash or "", r.protocol.name, r.metric, f"{r.seed:9}", r.id
+    return r.dataset, r.pretrain.recipe_hash or "", r.protocol.name, r.metric, f"{r.run_seed:9}", f"{r.seed:9}", r.id
 
 
 def _provenance(r: Record) -> str:
@@ -325,7 +325,7 @@ def _provenance(r: Record) -> str:
     facts = {
         "number": f"{r.metric} {r.value:.2f} %, {error}, n = {r.n}, {r.dataset}",
         "protocol": f"{r.protocol.name} {r.protocol.hash}",
-        "recipe": f"{r.pretrain.recipe_hash or 'none'}, preset {r.preset or 'none'}, seed {r.seed}",
+        "recipe": f"{r.pretrain.recipe_hash or 'none'}, preset {r.preset or 'none'}, seed {r.run_seed}",
         "run": r.pretrain.run or "none",
         "data": f"pre-trained on {r.pretrain.data or 'nothing'}; test fingerprint {r.data_fingerprint}",
         "weights": r.weights_sha256,
@@ -337,5 +337,6 @@ def _provenance(r: Record) -> str:
         "when": r.created,
     }
     lines = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
-    head = f"{r.protocol.name} {r.metric}: {r.value:.1f} %, {r.dataset}, seed {r.seed}"
+    by = "" if r.seed == r.run_seed else f", evaluated by seed {r.seed}"
+    head = f"{r.protocol.name} {r.metric}: {r.value:.1f} %, {r.dataset}, seed {r.run_seed}{by}"
     return f'<details id="{r.id}"><summary>{escape(head)}</summary><dl>{lines}</dl></details>'

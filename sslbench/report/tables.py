@@ -23,13 +23,24 @@ RowKey = tuple[bool, str, float, str, str]  # trained?, method, epochs, preset, 
 
 @dataclass
 class Cell:
-    """A measured number: mean over seeds, half-width of its 95 % interval, and the records behind it."""
+    """A measured number: mean over seeds, half-width of its 95 % interval, and the records behind it.
+
+    Seeds are those of the pre-training; of one that was evaluated by several seeds the mean counts.
+    """
 
     value: float
     half: float | None  # None: a single record that does not say its error
-    over: str  # what the interval is over: `seeds` (Student t) or `images` (binomial, one seed)
-    records: list[Record]  # one a seed
+    over: str  # what the interval is over: `seeds` (Student t), else `evaluation seeds` or `images` (binomial) of one
+    records: list[Record]  # one a seed of pre-training and of evaluation
     gain: float | None = None  # over the untrained ViT in the same column
+
+    def by_seed(self) -> dict[int, float]:
+        """The value of each seed."""
+        return {seed: fmean(r.value for r in group) for seed, group in by_run_seed(self.records).items()}
+
+    def seeds(self) -> list[int]:
+        """What `over` counts; of an interval over images the one seed."""
+        return sorted({r.seed if self.over == "evaluation seeds" else r.run_seed for r in self.records})
 
     def __str__(self) -> str:
         return f"{self.value:.1f}" if self.half is None else f"{self.value:.1f} ± {self.half:.1f}"
@@ -72,7 +83,7 @@ class Row:
         by_seed: dict[int, float] = {}
         for r in self._pretrained():
             if value := getattr(r.cost, what):
-                by_seed[r.seed] = min(value, by_seed.get(r.seed, value))
+                by_seed[r.run_seed] = min(value, by_seed.get(r.run_seed, value))
         return fmean(by_seed.values()) if by_seed else None
 
     def _pretrained(self) -> list[Record]:
@@ -99,10 +110,10 @@ class Table:
 
 
 def newest(records: list[Record]) -> list[Record]:
-    """One record a number: of the same weights, protocol, metric and data, the one measured last."""
+    """One record a number: of the same weights, protocol, metric, data and seed, the one measured last."""
     last: dict[tuple[Any, ...], Record] = {}
     for r in sorted(records, key=lambda r: (r.created, r.id)):
-        last[r.weights_sha256, r.protocol.hash, r.metric, r.dataset, r.data_fingerprint] = r
+        last[r.weights_sha256, r.protocol.hash, r.metric, r.dataset, r.data_fingerprint, r.seed] = r
     return list(last.values())
 
 
@@ -208,14 +219,28 @@ def _plain_name(protocol: str, metric: str) -> str:
 
 
 def cell_of(records: list[Record]) -> Cell:
-    """Seeds are averaged (of one seed trained twice, the newest counts); one seed has its test images' interval."""
-    by_seed = {r.seed: r for r in sorted(records, key=lambda r: (r.created, r.id))}
-    chosen = [by_seed[s] for s in sorted(by_seed)]
-    mean, half = mean_interval([r.value for r in chosen])
+    """Seeds are averaged (of one seed trained twice, the newest counts).
+
+    One seed has the interval over the seeds that it was evaluated by, or over its test images.
+    """
+    last = {(r.run_seed, r.seed): r for r in sorted(records, key=lambda r: (r.created, r.id))}
+    chosen = [last[key] for key in sorted(last)]
+    groups = by_run_seed(chosen)
+    several = len(groups) > 1
+    mean, half = mean_interval(
+        [fmean(r.value for r in g) for g in groups.values()] if several else [r.value for r in chosen]
+    )
     if half is not None:
-        return Cell(mean, half, "seeds", chosen)
+        return Cell(mean, half, "seeds" if several else "evaluation seeds", chosen)
     stderr = chosen[0].stderr
     return Cell(mean, None if stderr is None else 1.96 * stderr, "images", chosen)
+
+
+def by_run_seed(records: list[Record]) -> dict[int, list[Record]]:
+    groups: dict[int, list[Record]] = defaultdict(list)
+    for r in records:
+        groups[r.run_seed].append(r)
+    return dict(sorted(groups.items()))
 
 
 def summary(table: Table) -> list[str]:

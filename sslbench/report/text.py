@@ -164,7 +164,7 @@ def as_csv(all_tables: list[Table]) -> str:
                 writer.writerow([*t.key, row.label, r.pretrain.recipe_hash or "", r.protocol.name, r.protocol.hash,
                                  r.metric, f"{cell.value:.4f}",
                                  "" if cell.half is None else f"{cell.half:.4f}", cell.over,
-                                 " ".join(str(x.seed) for x in cell.records),
+                                 " ".join(map(str, cell.seeds())),
                                  "" if cell.gain is None else f"{cell.gain:.4f}",
                                  " ".join(x.id for x in cell.records)])  # fmt: skip
     return buffer.getvalue()

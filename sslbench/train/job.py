@@ -32,7 +32,7 @@ class Job:
     def __init__(self, recipe: Recipe) -> None:
         s = recipe.science
         self.recipe: BaseModel = recipe  # written into the run folder
-        self.label = f"{recipe.method} {s.arch}"
+        self.label = f"{recipe.method_name} {s.arch}"
         self.machine, self.optim, self.spec = recipe.machine, s.optim, s.data.spec
         self.seed, self.epochs, self.batch_size = s.seed, s.epochs, s.batch_size
         self.image_size, self.crop_scale = s.data.image_size or 0, s.augment.crop_scale
@@ -59,7 +59,7 @@ class Job:
         """What run.json says of it, beside what it says of every run."""
         r = self._pretraining
         return {
-            "method": r.method,
+            "method": r.method_name,
             "preset": preset_label(r),
             "arch": r.science.arch,
             "data": data_name(r.science.data.spec),
@@ -79,9 +79,8 @@ class Job:
 
 def run_name(recipe: Recipe) -> str:
     s = recipe.science
-    method = Path(recipe.method.rpartition(":")[0]).stem if ":" in recipe.method else recipe.method
     seed = f"_s{s.seed}" if s.seed else ""
-    return f"{method}_{s.arch}_{data_name(s.data.spec)}_{recipe.hash()[:8]}{seed}"
+    return f"{recipe.method_name}_{s.arch}_{data_name(s.data.spec)}_{recipe.hash()[:8]}{seed}"
 
 
 def save_weights(path: Path, method: Method, recipe: Recipe) -> None:
@@ -90,7 +89,7 @@ def save_weights(path: Path, method: Method, recipe: Recipe) -> None:
     metadata = {
         "arch": recipe.science.arch,
         "image_size": str(recipe.science.data.image_size),
-        "method": recipe.method,
+        "method": recipe.method_name,
         "pool": method.pool,
         "mean": json.dumps(recipe.science.augment.mean),
         "std": json.dumps(recipe.science.augment.std),

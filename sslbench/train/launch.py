@@ -78,11 +78,14 @@ def environment() -> ClusterEnvironment:
 
 
 def alone() -> bool:
-    """Leave the processes that trained together, after which the first of them, True, goes on by itself."""
+    """Leave the processes that trained together, after which the first of them, True, goes on by itself.
+
+    Where there was nothing left to train they have not met, though they may all be there.
+    """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
-        return True
+        return first_process()
     rank = dist.get_rank()
     dist.destroy_process_group()
     return rank == 0

@@ -104,11 +104,16 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
     """
     previous = read_run(folder)
     check_same(job, previous, folder)
-    if previous.get("status") == "finished":
+    if previous.get("status") == "finished" and not _other_images(job, previous):
         return "already finished"
     agree(job.machine)
     batch = job.batch()
     data = job.data()
+    kept = previous.get("status") == "finished" or any((folder / "checkpoints").glob("*"))
+    if kept and previous["data_fingerprint"] != data.fingerprint:
+        raise UserError(
+            f"{folder} holds a run on other images than those of '{job.spec}' are now; choose another folder with --out"
+        )
     if len(data) < batch.total:
         raise UserError(
             f"a batch of {batch.total} is more than the {len(data)} images of '{job.spec}'; "
@@ -181,13 +186,14 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     if state:
         with of_this(run, first):
             method.load_state_dict(state["method"])
-        run.cost, run.resumed = state["cost"], run.resumed + 1
+        run.resume(state)
         loader.corrupt = set(state["corrupt"])
     model = fabric.setup_module(step_module)
     optimizer: Any = fabric.setup_optimizers(job.optimizer(method))  # sharded weights are other tensors
     if state:
         with of_this(run, first):
             load_optimizer(optimizer, state["optimizer"])
+            fabric.strategy.precision.load_state_dict(state.get("precision", {}))
     sharded = isinstance(fabric.strategy, ModelParallelStrategy)
     run.begin(data.fingerprint, total, per_epoch)
     run.steps = first
@@ -247,9 +253,12 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 mean = {k: mean.get(k, 0.0) + x.detach() / batch.accumulation for k, x in losses.items()}
             if batch.passes > 1 and batch.world > 1:
                 average_gradients(method)
-            if scaler is not None or job.optim.clip_grad:
-                limit = job.optim.clip_grad or math.inf
-                norm: Any = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
+            if scaler is not None:  # by hand: Fabric does not unscale for a fused optimiser
+                scaler.unscale_(optimizer.optimizer)
+            if scaler is not None and job.optim.clip_grad:
+                norm: Any = nn.utils.clip_grad_norm_(method.parameters(), job.optim.clip_grad)
+            elif job.optim.clip_grad:
+                norm = fabric.clip_gradients(model, optimizer, max_norm=job.optim.clip_grad, error_if_nonfinite=False)
             else:
                 norm = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
             if sharded:
@@ -312,7 +321,7 @@ class Run:
         self.job, self.folder, self.fabric = job, folder, fabric
         self.label = job.label
         self.checkpoints = folder / "checkpoints"
-        self.cost: dict[str, Any] = {"wall_s": 0.0, "images_seen": 0}
+        self.cost: dict[str, Any] = {"wall_s": 0.0, "device_hours": 0.0, "joules": 0.0, "images_seen": 0}  # before
         self.resumed = previous.get("resumed", 0)
         self.created = previous.get("created", provenance.now())
         self.steps = 0
@@ -340,20 +349,29 @@ class Run:
             },
         }
         self.flops_per_image = self.job.flops_per_image()
-        self.began = time.perf_counter()
+        self.began, self.energy = time.perf_counter(), provenance.EnergyMeter(self.fabric.device.type)
         if self.fabric.is_global_zero:
             write_atomically(self.folder / "recipe.yaml", dump(self.job.recipe).encode())
         self.write("running")
 
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's cost."""
+        self.cost, self.resumed = {**self.cost, **state["cost"]}, self.resumed + 1
+
+    def to_keep(self) -> dict[str, Any]:
+        """What `resume` takes up."""
+        return {k: v for k, v in self.costs().items() if k in self.cost}
+
     def costs(self) -> dict[str, Any]:
-        wall = self.cost["wall_s"] + time.perf_counter() - self.began
+        wall = time.perf_counter() - self.began
         images = self.steps * self.job.batch_size
+        joules = [self.cost["joules"], self.energy.read() if self.fabric.world_size == 1 else None]  # of this device
         return {
-            "wall_s": round(wall, 3),
-            "device_hours": wall / 3600 * self.fabric.world_size,
+            "wall_s": round(self.cost["wall_s"] + wall, 3),
+            "device_hours": self.cost["device_hours"] + wall / 3600 * self.fabric.world_size,
             "flops": None if self.flops_per_image is None else self.flops_per_image * images,
             "peak_memory_gib": provenance.peak_memory_gib(self.fabric.device.type),
-            "joules": None,
+            "joules": None if None in joules else sum(joules),
             "images_seen": images,
         }
 
@@ -376,11 +394,11 @@ class Run:
         self.info["substituted"] = len(loader.corrupt)
         weights, moments = whole_weights(step_module), whole_moments(step_module, optimizer)
         if self.fabric.is_global_zero:
-            costs = self.costs()
             state = {
                 "method": weights,
                 "optimizer": moments,
-                "cost": {"wall_s": costs["wall_s"], "images_seen": costs["images_seen"]},
+                "precision": self.fabric.strategy.precision.state_dict(),  # fp16's scale of the loss
+                "cost": self.to_keep(),
                 "corrupt": sorted(loader.corrupt),
             }
             save_checkpoint(self.checkpoints, self.steps, state)
@@ -407,9 +425,18 @@ def read_run(folder: Path) -> dict[str, Any]:
             return json.loads(path.read_text())
         except ValueError as e:
             raise UserError(f"{path} is not readable ({e}); remove the folder or choose another with --out") from None
-    if folder.is_dir() and any(p.name not in (".lock", "recipe.yaml", "slurm") for p in folder.iterdir()):
+    ours = (".lock", "recipe.yaml", "slurm")  # and what a killed run was about to write
+    if folder.is_dir() and any(p.name not in ours and p.suffix != ".part" for p in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another folder with --out")
     return {}
+
+
+def _other_images(job: Job, previous: dict[str, Any]) -> bool:
+    """Whether a finished run was on other images. Where they are gone nobody can tell: then it is finished."""
+    try:
+        return job.data().fingerprint != previous["data_fingerprint"]
+    except UserError:
+        return False
 
 
 def check_same(job: Job, previous: dict[str, Any], folder: Path) -> None:

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..method import Method, get_method
 from ..recipe import Recipe
 from ..vit import VisionTransformer, get_arch
+from .state import write_atomically
 
 
 def build(recipe: Recipe) -> Method:
@@ -77,7 +78,7 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         kept = [line for line in lines if _step(line) <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed by close()
         self.board = None
         if tensorboard:

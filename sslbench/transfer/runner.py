@@ -204,10 +204,11 @@ class Keeper(Hook):
         save = last or stop or run.steps % self.save_every == 0
         if save or log:
             means = self.running.means(run.fabric)
-            if not math.isfinite(means["loss"]):
+            # A loss is of the weights before the step, what is saved those after it.
+            if not math.isfinite(means["loss"]) or (save and not _finite(runner.model)):
                 raise RunFailed(
-                    f"the loss is not finite at or before iteration {run.steps}; the newest checkpoint is from before "
-                    f"it. Try a lower science.optim.lr, a longer warm-up, or precision 32"
+                    f"the loss or its gradient is not finite at or before iteration {run.steps}; the newest checkpoint "
+                    f"is from before it. Try a lower science.optim.lr, a longer warm-up, or precision 32"
                 )
             speed = self.watch.read(runner.train_loop.wait_s)
             self.bar.update(self.task, note=note(means["loss"], speed))
@@ -227,7 +228,7 @@ class Keeper(Hook):
                 "model": _bare(runner.model).state_dict(),
                 "optimizer": runner.optim_wrapper.state_dict(),
                 "schedulers": [s.state_dict() for s in runner.param_schedulers],
-                "cost": {k: v for k, v in self.run.costs().items() if k in ("wall_s", "images_seen")},
+                "cost": self.run.to_keep(),
                 "flops_per_image": self.run.flops_per_image,
             }
             save_checkpoint(self.run.checkpoints, self.run.steps, state)
@@ -237,6 +238,10 @@ class Keeper(Hook):
     def after_train(self, runner: Runner) -> None:
         if self.metrics:
             self.metrics.close()
+
+
+def _finite(model: nn.Module) -> bool:
+    return bool(torch.stack([p.detach().sum().isfinite() for p in model.parameters()]).all())
 
 
 def _bare(model: Any) -> nn.Module:
@@ -252,7 +257,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
     total, per_epoch = job.total(batch.total), len(data) // batch.total
     first, state = newest_checkpoint(run.checkpoints) or (0, None)
     if state:
-        run.cost, run.resumed = state["cost"], run.resumed + 1
+        run.resume(state)
     warn(job, model, batch, console)
     run.begin(data.fingerprint, total, per_epoch)
     run.steps = first
