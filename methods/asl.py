@@ -13,7 +13,8 @@ Where the paper does not say, and what is done here (each a switch):
                  alignment, cost 2x and 1.5x and so must train the second branch: `both_mean`.
   l1_reduction   the norm of Eq. 9: mean over a patch's values, which keeps weight 1 comparable with the pixel loss.
   aee_norm       a LayerNorm of its own after the extra layer, which takes the encoder's output after its final norm.
-  dle_p          SimCSE's dropout of .1, on the projected patches before positions, in both passes.
+  dle_p          SimCSE's dropout of .1, on the projected patches before positions, in both passes. Too large
+                 to be drawn for a whole batch on each device: these draws alone differ with how a batch is divided.
   cls_align      the "[cls] align" of section 4.6: L1 between the decoder's CLS rows.
 """
 

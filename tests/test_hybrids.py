@@ -1,4 +1,4 @@
-"""ASL, ccMIM, MACRL and MoCo v3: what SPEC section 8 asks of each, and the facts their files state."""
+"""ASL, ccMIM, MACRL and MoCo v3: the properties of each, and the facts their files state."""
 
 import math
 import random

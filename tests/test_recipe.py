@@ -4,8 +4,10 @@ import pytest
 import yaml
 
 from sslbench.errors import UserError
+from sslbench.paths import bundled
 from sslbench.pretrain import compose
 from sslbench.recipe import Batch, choose, data_name, find_recipe, merge, parse_sets, read_tree, recipe_files, resolve
+from sslbench.train.job import run_name
 
 
 def test_extends_composes_and_the_child_wins(tmp_path):
@@ -129,6 +131,16 @@ def test_every_recipe_resolves_and_opens_with_its_command(name):
 )  # fmt: skip
 def test_the_recipe_that_a_command_means(method, arch, data, expected):
     assert choose(method, arch, data).stem == expected
+
+
+def test_a_method_by_its_path_is_hashed_and_named_as_by_its_name():
+    path = bundled("methods") / "mae.py"
+    tree = read_tree(recipe_files()["mae/mae_smoke"])
+    named = resolve(tree, "x")
+    tree["science"]["method"]["name"] = f"{path}:MAE"
+    by_path = resolve(tree, "x")
+    assert by_path.method.endswith("mae.py:MAE") and by_path.method_name == named.method_name == "mae"
+    assert by_path.hash() == named.hash() and run_name(by_path) == run_name(named)
 
 
 def test_an_unknown_recipe_names_the_nearest():

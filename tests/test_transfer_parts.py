@@ -21,7 +21,7 @@ require()
 
 from sslbench.transfer import backbone as vit  # noqa: E402
 from sslbench.transfer import necks, ops  # noqa: E402
-from sslbench.transfer.runner import CPU_ATTENTION, LayerDecay, Order, schedule  # noqa: E402
+from sslbench.transfer.runner import CPU_ATTENTION, LayerDecay, Order, _finite, schedule  # noqa: E402
 
 SMALL = Arch(patch=8, dim=48, depth=12, heads=3, image=32)  # 4 x 4 tokens
 
@@ -35,6 +35,13 @@ def encoder(arch=SMALL, seed=0):
 
 def backbone(grid=(4, 4), **config):
     return vit.Backbone(encoder(), Encoder(**{"drop_path": 0.0, **config}), grid).eval()
+
+
+def test_weights_after_a_gradient_that_was_not_finite_are_told_before_they_are_saved():
+    layer = nn.Linear(3, 3)
+    assert _finite(layer)
+    layer.bias.data[1] = torch.nan
+    assert not _finite(layer)
 
 
 def boxes(n, size, seed=0):

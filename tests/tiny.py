@@ -9,7 +9,7 @@ from sslbench.vit import Arch, VisionTransformer
 
 METHODS = methods()
 TINY = Arch(patch=8, dim=48, depth=2, heads=3, image=32)  # 16 patches
-REFERENCE = Arch(patch=16, dim=48, depth=3, heads=3, image=64)  # SPEC section 8
+REFERENCE = Arch(patch=16, dim=48, depth=3, heads=3, image=64)  # the goldens'
 SMALL = {  # what keeps a method's heads and decoder small here; all else is its default
     "asl": {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 4},
     "ccmim": {"decoder_dim": 32, "decoder_heads": 4},

@@ -144,10 +144,8 @@ th.key, td.key { text-align: left; } .paper th, .paper td { white-space: normal;
 .paper td:not(.key) { min-width: 5rem; } ul.notes { list-style: none; padding: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .3rem 0 1rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-pre { overflow-x: auto; font-size: .85rem; line-height: 1.4; }
-details { margin: .4rem 0; } summary { cursor: pointer; }
-.columns { columns: 26rem; } .columns pre { overflow-x: auto; font-size: .85rem; line-height: 1.4; }
-details { margin: 0; padding: .2rem 0; }
+pre { overflow-x: auto; font-size: .85rem; line-height: 1.4; } .columns { columns: 26rem; }
+details { margin: 0; padding: .2rem 0; } summary { cursor: pointer; }
 """
 
 

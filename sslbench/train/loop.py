@@ -34,7 +34,7 @@ from .job import Job
 from .launch import agree, environment
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
-from .shard import gathered, load_optimizer, sharding, shards, whole_moments, whole_weights
+from .shard import load_optimizer, sharding, shards, unsharded, whole_moments, whole_weights
 from .state import newest_checkpoint, save_checkpoint, sha256_file, write_atomically, write_json
 
 
@@ -282,7 +282,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                     f"the weights did not move. Try a lower science.optim.lr, a longer warm-up, or precision 32"
                 )
             if look and meters:
-                with gathered(step_module):
+                with unsharded(step_module):
                     seen.update(meters.read(method, fabric))
             if log:
                 means = running.means(fabric)

@@ -86,7 +86,7 @@ def _shard(root: Any, mesh: DeviceMesh) -> Any:
 
 
 @contextlib.contextmanager
-def gathered(root: nn.Module) -> Iterator[None]:
+def unsharded(root: nn.Module) -> Iterator[None]:
     """For parts of `root` that are called by themselves; on every device alike."""
     if not isinstance(root, FSDPModule):
         yield
