@@ -43,6 +43,8 @@ def bench(
     against: a command to run in turn with each measurement, A B A B, whose last line of output ends in its images/s;
     the row then has `against_images_per_s`, its mean, and `ratio`, ours to it.
     """
+    if not seconds > 0:
+        raise UserError(f"--seconds {seconds}: expected a time, such as 10")
     rows = []
     for arch in archs:
         for name in names or list(methods()):
@@ -88,7 +90,10 @@ def beside(row: dict[str, Any], recipe: Recipe, seconds: float, against: str) ->
 
 
 def _external(command: str) -> float:
-    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
+    try:
+        done = subprocess.run(shlex.split(command), capture_output=True, text=True)
+    except (ValueError, OSError) as e:
+        raise UserError(f"--against {command}: it cannot be run: {e}") from None
     found = re.findall(r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?", (done.stdout.strip().splitlines() or [""])[-1])
     if done.returncode or not found or not float(found[-1]):
         last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
@@ -129,6 +134,8 @@ def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
     torch.manual_seed(0)
     data = open_split("builtin", "train")
     assert isinstance(data, MemoryImages)
+    if recipe.science.batch_size > len(data):
+        raise UserError(f"a batch of {recipe.science.batch_size} is more than the {len(data)} images that bench reads")
     step_module = TrainStep(build(recipe))
     if recipe.machine.compile:
         step_module.method.compile()

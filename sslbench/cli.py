@@ -27,6 +27,11 @@ class Group(TyperGroup):
         except UserError as e:
             err.print(f"[bold red]error:[/] {_plain(e)}")
             raise typer.Exit(2) from None
+        except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
+            if e.filename is None:
+                raise
+            err.print(f"[bold red]error:[/] {_plain(e.filename)} cannot be used: {str(e.strerror).lower()}")
+            raise typer.Exit(2) from None
         except RunFailed as e:
             err.print(f"[bold red]run failed:[/] {_plain(e)}")
             raise typer.Exit(1) from None
@@ -38,7 +43,7 @@ class Group(TyperGroup):
             raise typer.Exit(130) from None
 
 
-def _plain(e: Exception) -> str:
+def _plain(e: object) -> str:
     return str(e).replace("[", "\\[")
 
 
@@ -117,7 +122,8 @@ def pretrain(
     precision: Precision = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile")] = None,
     slurm: Annotated[
-        str | None, typer.Option(help="Submit a job: partition=gpu,nodes=2,gpus_per_node=8,time=MINUTES,...")
+        str | None,
+        typer.Option(metavar="KEY=VALUE,...", help="Submit a job with sbatch's options: partition, nodes, time."),
     ] = None,
     out: Out = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, at no cost.")] = False,
@@ -150,9 +156,11 @@ def plan(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     sets: Sets = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
     devices: Devices = None,
     nodes: Nodes = None,
     precision: Precision = None,
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile")] = None,
     on: Annotated[str | None, typer.Option(help="Another machine, such as A100x4: from FLOPs, not measured.")] = None,
     link: Annotated[str | None, typer.Option(help="Between devices, such as 100Gb/s: their scaling, on paper.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="To calibrate for, about.")] = 20.0,
@@ -167,8 +175,8 @@ def plan(
         recipe=recipe,
         preset=preset,
         sets=sets or [],
-        science={"arch": arch, "data": {"spec": data}, "epochs": epochs, "batch_size": batch_size},
-        machine={"devices": devices, "nodes": nodes, "precision": precision},
+        science={"arch": arch, "data": {"spec": data}, "epochs": epochs, "batch_size": batch_size, "seed": seed},
+        machine={"devices": devices, "nodes": nodes, "precision": precision, "compile": compile},
     )
     answer(as_json, run(resolved, seconds, on, console(as_json), link))
 
@@ -283,7 +291,8 @@ def bench(
         bool, typer.Option("--targets", help="Measure what the suite promises; writes results/speed.md.")
     ] = False,
     reference: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For --targets: a clone of github.com/facebookresearch/mae.")
+        Path | None,
+        typer.Option(metavar="DIR", help="For --targets: a clone of MAE's code, facebookresearch/mae."),
     ] = None,
     sets: Sets = None,
     as_json: Json = False,
@@ -340,7 +349,7 @@ def list_(
     """What there is."""
     from .listing import listing
 
-    answer(as_json, listing(what, console(as_json)))
+    answer(as_json, {what: listing(what, console(as_json))})
 
 
 @app.command()
@@ -376,11 +385,14 @@ def data_pack(
 
 
 @data_app.command("list")
-def data_list(as_json: Json = False) -> None:
-    """The kinds of data SPEC, and what $SSLBENCH_DATA holds."""
-    from .listing import show_data
+def data_list(
+    spec: Annotated[str | None, typer.Argument(help="One set; all kinds if left out.")] = None, as_json: Json = False
+) -> None:
+    """The kinds of data SPEC, and what $SSLBENCH_DATA holds; or the splits of one set."""
+    from .listing import show_data, show_splits
 
-    answer(as_json, show_data(console(as_json)))
+    talk = console(as_json)
+    answer(as_json, {"data": show_splits(spec, talk) if spec else show_data(talk)})
 
 
 def main() -> None:

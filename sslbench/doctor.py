@@ -34,7 +34,7 @@ def doctor(console: Console) -> dict[str, Any]:
         "torchvision_operators": _torchvision_operators(),
         **_transfer(),
         "home": str(home().resolve()),
-        "disk_free_gib": round(shutil.disk_usage(home()).free / 2**30, 1),
+        "disk_free_gib": round(shutil.disk_usage(_existing(home())).free / 2**30, 1),
         "SSLBENCH_DATA": data,
     }
     advice = []
@@ -55,6 +55,12 @@ def doctor(console: Console) -> dict[str, Any]:
     for line in advice:
         console.print(f"- {line}", markup=False)
     return {**facts, "advice": advice}
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what of its path is there: what will be written goes to that disk."""
+    folder = folder.resolve()
+    return folder if folder.exists() else _existing(folder.parent)
 
 
 def _memory_gib() -> float | None:

@@ -23,9 +23,9 @@ class Interrupted(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`'; did you mean X?'`, or the list of what is known when nothing is near."""
+    """`'; did you mean X?'`, or what is known where nothing is near and that is no long list."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(known)}" if known else ""
+    return f"; known: {', '.join(known)}" if 0 < len(known) <= 100 else ""

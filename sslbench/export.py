@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from .errors import UserError
 from .evaluate.features import open_subject
+from .report.tables import UNTRAINED
 from .train.state import write_atomically
 
 
@@ -25,22 +24,30 @@ def export(run: str, format: str, out: Path | None, console: Console) -> dict[st
     if format not in ("timm", "safetensors"):
         raise UserError(f"unknown format '{format}'; known: timm, safetensors")
     subject = open_subject(run)
-    if subject.path is None:
-        raise UserError(f"'{run}' has no weights file to export")
-    with safe_open(subject.path, "pt") as f:
-        metadata = f.metadata()
+    if subject.method == UNTRAINED:
+        raise UserError(f"'{run}' is random weights; nothing to export")
     name, kwargs = subject.encoder.arch.timm, subject.encoder.arch.timm_kwargs(subject.encoder.image[0])
+    metadata = {"timm_kwargs": json.dumps(kwargs)}
     if format == "timm":
-        metadata = {
-            "format": "pt",
-            "architecture": name,
-            "timm_kwargs": json.dumps(kwargs),
-            "source": metadata["method"],
+        metadata |= {"format": "pt", "architecture": name, "source": subject.method}
+    else:
+        own = {"recipe_hash": subject.run["recipe_hash"]} if "recipe_hash" in subject.run else {}
+        metadata |= {
+            "arch": subject.arch,
+            "image_size": str(subject.encoder.image[0]),
+            "method": subject.method,
+            "pool": subject.pool,
+            "mean": json.dumps(subject.mean),
+            "std": json.dumps(subject.std),
+            "timm": name,
+            **own,
         }
-    target = (out or subject.path.parent) if out is None or out.suffix != ".safetensors" else out
+    target = out or (subject.path.parent if subject.path else Path())
     if target.suffix != ".safetensors":
-        target = target / f"{subject.path.parent.name}_{format}.safetensors"
-    write_atomically(target, safetensors_bytes(load_file(subject.path), metadata))
+        stem = subject.path.parent.name if subject.path and subject.run else subject.method
+        target = target / f"{stem}_{format}.safetensors"
+    tensors = {k: v.contiguous() for k, v in subject.encoder.state_dict().items()}
+    write_atomically(target, safetensors_bytes(tensors, metadata))
     arguments = ", ".join(f"{k}={v!r}" for k, v in kwargs.items())
     call = f'timm.create_model("{name}", checkpoint_path="{target}", {arguments})'
     console.print(str(target), markup=False)

@@ -113,7 +113,7 @@ def read(folder: Path | None = None) -> list[Record]:
     records: list[Record] = []
     seen: dict[str, str] = {}
     for path in sorted((folder or ledger_folder()).glob("*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 record = Record.model_validate(json.loads(line))
             except (ValueError, ValidationError) as e:

@@ -29,10 +29,13 @@ def show(rows: list[dict[str, Any]], console: Console, title: str | None = None)
     if not rows:
         return
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for key, value in rows[0].items():
-        table.add_column(key.replace("_", " "), justify="right" if isinstance(value, int | float) else "left")
+    for i, (key, value) in enumerate(rows[0].items()):
+        justify: Any = "right" if isinstance(value, int | float) else "left"
+        # What a row is called is to be copied: never cut, never broken.
+        table.add_column(key.replace("_", " "), justify=justify, no_wrap=i == 0, overflow="fold")
     for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in row.values()))
+        words = ("" if v is None else v for v in row.values())
+        table.add_row(*(f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v) for v in words))
     console.print(table, soft_wrap=False)
 
 
@@ -101,7 +104,10 @@ def _runs() -> list[dict[str, Any]]:
 
     rows = []
     for path in sorted((home() / "runs").glob("*/run.json")):
-        run = read_run(path.parent)
+        try:
+            run = read_run(path.parent)
+        except UserError:
+            run = {"status": "unreadable"}
         rows.append({"run": path.parent.name, "status": run.get("status"), "step": run.get("step"),
                      "of": run.get("steps_total"), "updated": run.get("updated")})  # fmt: skip
     return rows
@@ -124,6 +130,24 @@ def show_check(spec: str, console: Console) -> dict[str, Any]:
     return found
 
 
+def show_splits(spec: str, console: Console) -> list[dict[str, Any]]:
+    from .data import open_split
+
+    rows = []
+    for split in ("train", "val"):
+        try:
+            found = open_split(spec, split)
+        except UserError as e:
+            if split == "train":
+                raise
+            console.print(f"no val split: {e}", markup=False)
+            continue
+        labels = "no labels" if found.labels is None else f"{len(found.classes)} classes"
+        rows.append({"split": split, "images": len(found), "labels": labels, "fingerprint": found.fingerprint})
+    show(rows, console)
+    return rows
+
+
 def show_data(console: Console) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"spec": "builtin", "what": "4,000 + 1,000 CIFAR-10 images that ship with the suite"},
@@ -131,6 +155,7 @@ def show_data(console: Console) -> list[dict[str, Any]]:
         {"spec": "folder:DIR", "what": "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE"},
         {"spec": "imagenet:DIR", "what": "the same, with ImageNet-1K's 1000 classes"},
         {"spec": "coco:DIR", "what": "DIR/train2017/*.jpg, DIR/val2017/*.jpg, without labels"},
+        {"spec": "ade20k:DIR", "what": "DIR/images/training/*.jpg, DIR/images/validation/*.jpg, without labels"},
         {"spec": "packed:DIR", "what": "any of these, as `sslbench data pack SPEC --out DIR` writes it: quick to read"},
         {"spec": "A+B", "what": "several of these as one, without labels"},
     ]

@@ -86,7 +86,11 @@ def _load(path: Path) -> list[type[Method]]:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec and spec.loader
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as e:
+            del sys.modules[name]
+            raise UserError(f"the method in {path} does not load: {type(e).__name__}: {e}") from e
     classes = [c for c in vars(sys.modules[name]).values() if isinstance(c, type) and issubclass(c, Method)]
     return [c for c in classes if c.__module__ == name]
 

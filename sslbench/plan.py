@@ -228,7 +228,7 @@ def _scaling(answer: dict[str, Any], batch: Batch, step_s: float, rate: float | 
 
 
 def _elsewhere(answer: dict[str, Any], on: str, console: Console) -> dict[str, Any]:
-    found = re.fullmatch(r"([A-Za-z0-9]+?)(?:x(\d+))?", on)
+    found = re.fullmatch(r"([A-Za-z0-9]+?)(?:x([1-9]\d*))?", on)
     name = next((k for k in PEAK_TFLOPS if found and k.lower() == found[1].lower()), None)
     if name is None or found is None:
         raise UserError(f"--on {on}: expected DEVICExN, such as A100x4{nearest(on, PEAK_TFLOPS)}; "

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from .data import open_split
+from .errors import UserError
 from .evaluate.run import eval_recipe, evaluate
 from .ledger import Record
 from .method import methods
@@ -29,6 +30,8 @@ REPORT_S = 12.0  # what the pages and pictures take, with some air
 
 def quickstart(minutes: float, seed: int, out: Path | None, console: Console) -> dict[str, Any]:
     """Pre-train, evaluate, report, in about `minutes`. Returns {"report", "files", "numbers", "wall_s"}."""
+    if not minutes > 0:
+        raise UserError(f"--minutes {minutes}: expected a time, such as 4.5")
     began = time.perf_counter()
     names = list(methods())
     console.print(f"{len(names)} methods ({', '.join(names)}) on 4,000 CIFAR-10 images, about {minutes:g} minutes\n")

@@ -41,11 +41,14 @@ class Data(Strict):
     image_size: int | None = Field(None, gt=0)  # pixels a side of a view; None: the arch's own
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optim(Strict):
     """AdamW and its schedule. Defaults: MAE's pre-training."""
 
     lr: float = Field(1.5e-4, gt=0)  # base lr: the actual lr is lr x batch_size / 256
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)  # not on biases, norms and other tensors of one dimension
     warmup_epochs: float = Field(40, ge=0)
     min_lr: float = Field(0.0, ge=0)  # where the cosine ends
@@ -102,9 +105,8 @@ class Recipe(Strict):
 
     @property
     def method_name(self) -> str:
-        """What folders, hashes and numbers call it: of `path/to/file.py:Class` the file's stem."""
-        path, colon, _ = self.method.rpartition(":")
-        return Path(path).stem if colon else self.method
+        """What folders, hashes and numbers call it."""
+        return name_of(self.method)
 
     @property
     def preset(self) -> str:
@@ -124,6 +126,12 @@ class Recipe(Strict):
 def digest(value: Any) -> str:
     """12 hex digits that stand for a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+def name_of(method: str) -> str:
+    """`ocl` -> `ocl`, `path/to/file.py:Class` -> `file`."""
+    path, colon, _ = method.rpartition(":")
+    return Path(path).stem if colon else method
 
 
 def data_name(spec: str) -> str:
@@ -259,6 +267,11 @@ def read_tree(path: Path, kind: str = "pretrain", seen: tuple[Path, ...] = ()) -
     base = tree.pop("extends", None)
     if base:
         tree = merge(read_tree(find_recipe(str(base), kind), kind, (*seen, path)), tree)
+    science, machine = (tree.get(key, {}) for key in ("science", "machine"))
+    method = science.get("method", {}) if isinstance(science, dict) else {}
+    for key, value in {"science": science, "machine": machine, "science.method": method}.items():
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {key} must be a mapping, found {value!r}")
     return tree
 
 
@@ -358,6 +371,7 @@ def choose(method: str, arch: str | None, spec: str | None) -> Path:
     else the arch's recipe for ImageNet, the papers' settings, or whichever it has. Arch and data given by the user then
     replace the recipe's own.
     """
+    method = name_of(method)
     known = {n.split("/", 1)[1]: p for n, p in recipe_files().items() if n.startswith(f"{method}/")}
     data = unpacked_name(data_name(spec)) if spec else None
     if arch and (exact := known.get(f"{arch}_{data or 'imagenet'}")):

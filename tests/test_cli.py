@@ -2,8 +2,12 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from typer.testing import CliRunner
@@ -11,6 +15,7 @@ from typer.testing import CliRunner
 from sslbench.ablate import read_ablation, row_recipes
 from sslbench.cli import app
 from sslbench.data import open_split
+from sslbench.evaluate.features import open_subject
 from sslbench.method import methods
 from sslbench.recipe import Batch, recipe_files
 from sslbench.train.meter import build
@@ -105,8 +110,9 @@ def test_report_list_doctor_and_data_check(trained, invoke, monkeypatch):
     run("eval", "knn")
     assert "<html" in (home / run("report")["report"]).read_text()
     for what in ("methods", "recipes", "archs", "tables", "runs"):
-        assert isinstance(run("list", what), list)
-    assert {m["method"] for m in run("list", "methods")} >= {"ocl", "mae"}
+        assert isinstance(run("list", what)[what], list)
+    assert {m["method"] for m in run("list", "methods")["methods"]} >= {"ocl", "mae"}
+    assert [s["images"] for s in run("data", "list", "builtin")["data"]] == [4000, 1000]
     assert run("doctor")["torchvision_operators"] is True
     assert run("data", "check", "builtin")["splits"]["train"]["images"] == 4000
     assert invoke("data", "list").exit_code == 0
@@ -199,6 +205,17 @@ BAD = {
     "batch size": (["pretrain", "ocl", *SMOKE, "--batch-size", "8192"], "more than the 4000 images"),
     "no run": (["eval", "knn"], "no finished pre-training run"),
     "not a run": (["eval", "knn", "nothing"], "no run folder"),
+    "betas": (["pretrain", "ocl", *SMOKE, "--set", "science.optim.betas=[2,3]"], "betas.0: Input should be less than 1"),
+    "k": (["eval", "knn", "untrained:vit_mini4@8", "--set", "science.main_k=-5"], "main_k: Input should be greater"),
+    "rate": (["eval", "linprobe", "untrained:vit_mini4@8", "--set", "science.lr=[-1]"], "lr.0: Input should be"),
+    "seconds": (["bench", "ocl", "--seconds", "nan"], "--seconds nan"),
+    "bench batch": (["bench", "ocl", "--batch-size", "8000"], "more than the 4000 images"),
+    "minutes": (["quickstart", "--minutes", "nan"], "--minutes nan"),
+    "devices": (["plan", "ocl", *SMOKE, "--on", "A100x0"], "expected DEVICExN"),
+    "table format": (["report", "ocl_t6", "--format", "foo"], "unknown report format 'foo'"),
+    "no format": (["report", "--format", ""], "unknown report format ''"),
+    "random weights": (["export", "untrained:vit_mini4"], "is random weights"),
+    "timm name": (["eval", "knn", "timm:nosuch", "--data", "builtin"], "could not be loaded; timm.list_models"),
     "set that is no YAML": (["pretrain", "ocl", "--set", "science.augment.crop_scale=[1"], "is not YAML"),
     "option": (["pretrain", "ocl", "--epoch", "3"], "--epoch"),
     "config against the encoder": (["pretrain", "ccmim", "--recipe", "ccmim_smoke", "--set", "science.method.score_layers=[6]", "--dry-run"], "blocks are 0 to 5"),
@@ -211,6 +228,82 @@ BAD = {
     "table": (["report", "ocl_t66"], "ocl_t6"),
     "format": (["export", "x", "--format", "onnx"], "known: timm, safetensors"),
 }  # fmt: skip
+
+
+FILES = {  # files, the command, what it says
+    "science": ({"r.yaml": "science: 3"}, ["pretrain", "ocl", "--recipe", "r.yaml"], "science must be a mapping, found 3"),
+    "method": ({"r.yaml": "science: {method: ocl}"}, ["pretrain", "ocl", "--recipe", "r.yaml"], "science.method must be"),
+    "null": ({"r.yaml": "extends: ocl_smoke\nscience:"}, ["pretrain", "ocl", "--recipe", "r.yaml"], "science must be"),
+    "out is a file": ({"F": ""}, ["pretrain", "ocl", *SMOKE, "--out", "F"], "F cannot be used: file exists"),
+    "report in a file": ({"F": ""}, ["report", "--out", "F"], "cannot be used: not a directory"),
+    "run.json": ({"z/run.json": "[]"}, ["eval", "knn", "z"], "is not what a run writes"),
+    "no run": ({"z/notes": ""}, ["eval", "knn", "z"], "z is no run folder"),
+    "text": ({"w.pth": "hi"}, ["eval", "knn", "w.pth", "--data", "builtin"], "w.pth is not a weights file"),
+    "zip": ({"b_train.npz": "PK\x03\x04 junk"}, ["data", "check", "npz:b_train.npz"], "is not an image archive"),
+    "ledger": ({"results/ledger/b.jsonl": "\udcff"}, ["report"], "b.jsonl, line 1 is not a ledger record"),
+    "syntax": ({"m.py": "def x(:"}, ["pretrain", "m.py:X"], "does not load: SyntaxError"),
+    "import": ({"m.py": "import nothing_here"}, ["pretrain", "m.py:X"], "does not load: ModuleNotFoundError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_files_get_one_message_and_status_2(case, invoke, tmp_path):
+    files, arguments, message = FILES[case]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    done = invoke(*arguments, columns=300)
+    assert done.exit_code == 2, (done.exit_code, done.output, done.exception)
+    assert message in done.stderr and not isinstance(done.exception, Exception)
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert left == set(files), "something was written"
+
+
+@pytest.mark.parametrize("labels", [["a"] * 20, [-1] * 20])
+def test_labels_that_are_no_classes_are_refused(labels, invoke, tmp_path):
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"s_{split}.npz", images=np.zeros((20, 8, 8, 3), np.uint8), labels=np.array(labels))
+    done = invoke("eval", "knn", "untrained:vit_mini4@8", "--data", "npz:s")
+    assert done.exit_code == 2 and "must be integers from 0 on" in done.stderr
+
+
+def test_what_is_broken_beside_a_run_stops_no_command_that_does_not_name_it(trained, run_sslbench, tmp_path):
+    home, answer = trained
+    shutil.copytree(home, tmp_path / "home")
+    home = tmp_path / "home"
+    (home / "runs/bad").mkdir()
+    (home / "runs/bad/run.json").write_text("[]")
+    for cache in (home / "runs/.features").glob("*"):
+        cache.write_bytes(cache.read_bytes()[:100])
+    listed = run_sslbench("list", "runs", "--json", home=home, env={"COLUMNS": "80"})
+    assert {r["run"]: r["status"] for r in last_json(listed)["runs"]}["bad"] == "unreadable"
+    folder = Path(answer["run"]).name
+    assert folder in listed.stderr  # whole, at 80 columns
+    assert run_sslbench("eval", "knn", home=home).returncode == 0
+    (home / "runs" / folder / "weights.safetensors").unlink()
+    gone = run_sslbench("eval", "knn", f"runs/{folder}", home=home)
+    assert gone.returncode == 2 and "is gone; the command that started the run" in gone.stderr
+    assert last_json(run_sslbench("pretrain", "ocl", *SMOKE, "--json", home=home))["status"] == "finished"
+    assert (home / "runs" / folder / "weights.safetensors").is_file()
+
+
+def test_a_named_table_is_written_alone(invoke, tmp_path):
+    done = invoke("report", "ocl_t6", "--format", "md,tex,html", "--out", "page", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert {p.name for p in (tmp_path / "page").iterdir()} == {"report.md", "report.tex", "report.html"}
+    text = (tmp_path / "page/report.md").read_text()
+    assert "77.9" in text and "ocl_t6" in text and "ocl_t7" not in text
+
+
+def test_what_others_published_is_exported_and_read_back(invoke, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "pub.pth")
+    for format in ("timm", "safetensors"):
+        done = invoke("export", "pub.pth", "--format", format, "--json")
+        assert done.exit_code == 0, done.stderr
+        subject = open_subject(str(tmp_path / last_json(done)["file"]))
+        assert subject.arch == "vit_ti16" and subject.encoder.pos_embed.equal(model.pos_embed)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -167,6 +167,18 @@ def test_coco_photographs_come_without_labels_and_a_wrong_layout_says_what_was_e
         open_split(f"coco:{tmp_path}/empty", "train")
 
 
+def test_ade20ks_photographs_come_without_labels_too(tmp_path, monkeypatch):
+    x = open_split("builtin", "train").images
+    save(tmp_path / "ade20k/images/training", x[:5])
+    save(tmp_path / "ade20k/images/validation", x[:2])
+    monkeypatch.setenv("SSLBENCH_DATA", str(tmp_path))
+    for spec in (f"ade20k:{tmp_path}/ade20k", "ade20k"):
+        sets = [open_split(spec, split) for split in ("train", "val")]
+        assert [len(s) for s in sets] == [5, 2] and sets[0].labels is None and sets[0].name == "ade20k"
+    with pytest.raises(UserError, match=r"ade20k:.*expected .*images/training"):
+        open_split(f"ade20k:{tmp_path}", "train")
+
+
 def test_a_plan_knows_the_size_of_joined_sets_that_are_not_here():
     assert known_size("imagenet100+coco") == 126_689 + 118_287  # 59 full batches of 4,096: ASL's 47k iterations
     assert (known_size("imagenet100+coco") // 4096 * 800, known_size("builtin+folder:x")) == (47_200, None)

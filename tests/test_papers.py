@@ -74,7 +74,7 @@ def test_what_a_paper_prints_twice_under_one_name_takes_two_lines(home, tmp_path
 @pytest.mark.parametrize(("name", "columns"), [*((name, 80) for name in ALL_TABLES), ("ocl_t2", 60), ("ocl_t6", 200)])
 def test_a_table_in_the_terminal_keeps_its_width_and_every_word(home, name, columns):
     out = io.StringIO()
-    report([name], None, "", Console(file=out, width=columns, soft_wrap=True))
+    report([name], None, "md", Console(file=out, width=columns, soft_wrap=True))
     text, table = out.getvalue(), reported_beside_measured(name, [])
     assert max(map(len, text.splitlines())) <= columns and "…" not in text
     for words in [table.header, *table.rows]:

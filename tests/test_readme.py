@@ -89,7 +89,7 @@ def in_checkout(checkout, *args):
 def test_the_fifth_method_is_one_file_and_one_recipe(checkout):
     code = re.search(r"```python\n(.*?)```", README, re.S)
     assert code and len(code[1].splitlines()) < 40
-    assert "simclr" in {m["method"] for m in in_checkout(checkout, "list", "methods")}
+    assert "simclr" in {m["method"] for m in in_checkout(checkout, "list", "methods")["methods"]}
     size = ("--set", "science.data.image_size=16")
     run = in_checkout(checkout, "pretrain", "simclr", "--data", "builtin", "--epochs", "0.2", *size)
     assert run["status"] == "finished"

@@ -238,7 +238,7 @@ def test_an_empty_ledger_says_what_measures(home):
 
 
 def test_bad_names_and_bad_lines_are_named(home):
-    with pytest.raises(UserError, match="known: html, md, csv"):
+    with pytest.raises(UserError, match="known: csv, html, md, tex"):
         report([], None, "pdf", Console(stderr=True))
     with pytest.raises(UserError, match="unknown table"):
         report(["nothing_t1"], None, "html", Console(stderr=True))

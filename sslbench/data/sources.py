@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from .layouts import published, tiny_imagenet
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 T = TypeVar("T")
-KINDS = ("builtin", "npz", "folder", "imagenet", "coco", "packed")
+KINDS = ("builtin", "npz", "folder", "imagenet", "coco", "ade20k", "packed")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 HINT = "`--data builtin` and `sslbench quickstart` run now, with no download"
 # Training images of sets that a plan may be asked about before they are on this machine.
@@ -211,8 +212,8 @@ def open_split(spec: str, split: str) -> ImageSet:
         return _npz(path, split)
     if kind in ("folder", "imagenet"):
         return _folder(kind, path, split)
-    if kind == "coco":
-        return _coco(path, split)
+    if kind in ("coco", "ade20k"):
+        return _photographs(kind, path, split)
     if kind == "packed":
         return _packed(path, split)
     raise UserError(f"data '{spec}': unknown kind '{kind}'{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
@@ -260,17 +261,20 @@ def _joined(parts: list[ImageSet]) -> ImageSet:
     return JoinedImages(name, split, flat)
 
 
-def _coco(path: Path, split: str) -> FolderImages:
-    """COCO's photographs, without labels: PATH/train2017/*.jpg and PATH/val2017/*.jpg, or the same under images/."""
+def _photographs(kind: str, path: Path, split: str) -> FolderImages:
+    """Without labels. COCO's: PATH/train2017/*.jpg and PATH/val2017/*.jpg, or the same under images/; ADE20K's:
+    PATH/images/training/*.jpg and PATH/images/validation/*.jpg."""
     places = [path / f"{split}2017", path / "images" / f"{split}2017", path / "images" / split]
+    if kind == "ade20k":
+        places = [path / "images" / {"train": "training", "val": "validation"}[split]]
     root = next((place for place in places if place.is_dir()), None)
     if root is None:
         found = _listing(path) if path.is_dir() else "no such folder"
-        raise UserError(f"data 'coco:{path}': expected {places[0]}/*.jpg, found {found}. {HINT}")
+        raise UserError(f"data '{kind}:{path}': expected {places[0]}/*.jpg, found {found}. {HINT}")
     files = sorted(p.name for p in root.iterdir() if p.suffix.lower() in EXTENSIONS)
     if not files:
-        raise UserError(f"data 'coco:{path}': no images in {root}")
-    return FolderImages("coco", split, root, files, None, [])
+        raise UserError(f"data '{kind}:{path}': no images in {root}")
+    return FolderImages(kind, split, root, files, None, [])
 
 
 def _builtin(split: str) -> MemoryImages:
@@ -303,12 +307,14 @@ def _npz(path: Path, split: str) -> MemoryImages:
             images = z["images"]
             labels = z["labels"] if "labels" in z.files else None
             classes = [str(c) for c in z["classes"]] if "classes" in z.files else []
-    except (KeyError, ValueError, OSError) as e:
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{file} is not an image archive: expected `images` uint8 (N, H, W, 3); {e}") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise UserError(f"{file}: `images` must be uint8 (N, H, W, 3), found {images.dtype} {images.shape}")
     if labels is not None and labels.shape != (len(images),):
         raise UserError(f"{file}: {len(images)} images but labels of shape {labels.shape}")
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.min() < 0):
+        raise UserError(f"{file}: `labels` must be integers from 0 on, found {labels.dtype}, such as {labels[0]}")
     from ..recipe import data_name
 
     return MemoryImages(
@@ -421,10 +427,10 @@ def _class_names(path: Path) -> list[str]:
 
 def _bare(name: str, split: str) -> ImageSet:
     """NAME as a folder, or as NAME_train.npz, under $SSLBENCH_DATA."""
-    kind = name if name in ("imagenet", "coco") else "folder"
+    kind = name if name in ("imagenet", "coco", "ade20k") else "folder"
     root = os.environ.get("SSLBENCH_DATA")
-    if root and name == "coco" and (Path(root) / name).is_dir():
-        return _coco(Path(root) / name, split)
+    if root and kind in ("coco", "ade20k") and (Path(root) / name).is_dir():
+        return _photographs(kind, Path(root) / name, split)
     if root and (Path(root) / name).is_dir():
         return _folder(kind, Path(root) / name, split)
     if root and (Path(root) / f"{name}_train.npz").is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -55,7 +56,7 @@ class Subject:
             "arch": self.arch,
             "pretrain": {
                 "recipe_hash": run.get("recipe_hash"),
-                "run": self.path.parent.name if self.path else None,
+                "run": self.path.parent.name if self.path and run else None,
                 "data": run.get("data"),
                 "epochs": self.epochs,
                 "images_seen": spent.get("images_seen"),
@@ -71,10 +72,13 @@ def newest_run(root: Path | None = None, kind: str = "pretrain") -> Path:
     """The run of that kind, `pretrain` or `finetune`, that finished last."""
     finished = []
     for path in (root or home() / "runs").glob("*/run.json"):
-        run = read_run(path.parent)
+        try:
+            run = read_run(path.parent)
+        except UserError:  # not one that anybody asked for
+            continue
         known = run.get("status") == "finished" and run.get("kind", "pretrain") == kind
         if known and (path.parent / "weights.safetensors").is_file():
-            finished.append((run["updated"], path.parent))
+            finished.append((str(run.get("updated", "")), path.parent))
     if not finished:
         word, maker = {
             "pretrain": ("pre-training", "sslbench pretrain ocl --data builtin"),
@@ -94,6 +98,8 @@ def find_weights(run: str, kind: str = "pretrain") -> tuple[Path, dict[str, Any]
         path = home() / "runs" / run
     info: dict[str, Any] = {}
     if path.is_dir():
+        if not (path / "run.json").is_file():
+            raise UserError(f"{path} is no run folder: it has no run.json; `sslbench list runs` shows what there is")
         info = read_run(path)
         if info.get("status") != "finished":
             state = info.get("status", "no run")
@@ -102,6 +108,8 @@ def find_weights(run: str, kind: str = "pretrain") -> tuple[Path, dict[str, Any]
             maker = {"pretrain": "sslbench pretrain", "finetune": "sslbench eval finetune"}[kind]
             raise UserError(f"{path} is a {info.get('kind', 'pretrain')} run; give one that `{maker}` made")
         path = path / "weights.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path} is gone; the command that started the run writes it again from its checkpoint")
     if not path.is_file():
         raise UserError(f"no run folder and no weights file at {run}; `sslbench list runs` shows what there is")
     return path, info
@@ -169,22 +177,29 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _from_file(path: Path, info: dict[str, Any]) -> Subject:
     tensors, meta = read_safetensors(path)
-    if "arch" not in meta:
-        raise UserError(f"{path} does not say which arch it is; give weights that `sslbench pretrain` wrote")
-    encoder = VisionTransformer(get_arch(meta["arch"]), int(meta["image_size"]))
+    try:
+        arch, image_size = meta["arch"], int(meta["image_size"])
+        mean, std = json.loads(meta["mean"]), json.loads(meta["std"])
+    except (KeyError, ValueError) as e:
+        raise UserError(
+            f"{path} does not say its arch, image size, mean and std ({e}); give weights that `sslbench pretrain` wrote"
+        ) from None
+    encoder = VisionTransformer(get_arch(arch), image_size)
     load_exactly(encoder, tensors, path)
     science: dict[str, Any] = {}
     if (recipe := path.parent / "recipe.yaml").is_file():
         from ..recipe import load_yaml
 
-        science = load_yaml(recipe)["science"]
+        science = load_yaml(recipe).get("science")  # type: ignore[assignment]
+        if not isinstance(science, dict):
+            raise UserError(f"{recipe}, beside the weights, is no recipe: it has no mapping 'science'")
     return Subject(
         encoder,
         sha256_file(path),
-        meta["arch"],
+        arch,
         meta.get("pool", "cls"),
-        tuple(json.loads(meta["mean"])),
-        tuple(json.loads(meta["std"])),
+        tuple(mean),
+        tuple(std),
         info,
         path,
         science.get("epochs"),
@@ -211,7 +226,8 @@ def extract(
     name = f"{subject.sha256[:16]}_{data.fingerprint}_{data.split}_{size}.safetensors"
     cache = home() / "runs" / ".features" / name
     if cache.is_file():
-        return load_file(cache)
+        with contextlib.suppress(SafetensorError):  # a broken one is made again
+            return load_file(cache)
     encoder = subject.encoder.to(device).eval()
     parts: dict[str, list[Tensor]] = {pool: [] for pool in POOLS}
     for images in evaluation_batches(data, size, batch, device, workers):

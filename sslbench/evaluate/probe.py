@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -31,6 +31,7 @@ from ..vit import VisionTransformer, pool_tokens
 from .features import Subject
 from .job import LabelledJob
 
+Rate = Annotated[float, Field(gt=0)]
 HELD_OUT = 0.1  # of train, to choose a learning rate by
 
 
@@ -39,7 +40,7 @@ class AugmentedProbe(Strict):
 
     protocol: Literal["linprobe_augmented"]
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"
-    lr: list[float] = Field([0.1], min_length=1)  # several are trained side by side, one is chosen on a tenth of train
+    lr: list[Rate] = Field([0.1], min_length=1)  # several are trained side by side, one is chosen on a tenth of train
     scale_lr: bool = True  # the actual lr is lr x batch_size / 256
     epochs: Epochs = Field(90, gt=0)
     batch_size: int = Field(16384, gt=0)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -39,7 +38,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors and plain data, so loading it could run code; refused "
             f"({str(e).splitlines()[0]})"
         ) from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
+    except Exception as e:  # what a file of another kind makes torch.load raise is anything
         raise UserError(f"{path} is not a weights file ({' '.join(str(e).split())[:200]})") from None
     while isinstance(tree, dict) and not any(isinstance(v, Tensor) for v in tree.values()):
         inner = next((tree[k] for k in NESTS if isinstance(tree.get(k), dict)), None)
@@ -60,7 +59,7 @@ def read_timm(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as e:  # timm and its hub raise many kinds
         known = timm.list_models(pretrained=True)
         why = nearest(name, known) if name not in known and ":" not in name else f" ({' '.join(str(e).split())[:160]})"
-        raise UserError(f"timm:{name} could not be loaded{why}") from None
+        raise UserError(f"timm:{name} could not be loaded{why}; timm.list_models(pretrained=True) lists them") from None
     return model.state_dict(), dict(model.pretrained_cfg)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -36,24 +36,24 @@ from .finetune import Finetune, FinetuneJob, load_classifier, predict
 from .job import LabelledJob
 from .knn import knn_top1
 from .linprobe import linear_top1
-from .probe import AugmentedProbe, ProbeJob
+from .probe import AugmentedProbe, ProbeJob, Rate
 
 
 class Knn(Strict):
     protocol: Literal["knn"]
-    k: list[int] = Field([10, 20, 100, 200], min_length=1)
-    main_k: int = 20
+    k: list[Annotated[int, Field(gt=0)]] = Field([10, 20, 100, 200], min_length=1)
+    main_k: int = Field(20, gt=0)
     temperature: float = Field(0.07, gt=0)
     pool: Literal["cls", "mean", "mean_all"] | None = None  # None: the method's own
 
 
 class Linprobe(Strict):
     protocol: Literal["linprobe"]
-    lr: list[float] = Field([0.01, 0.03, 0.1, 0.3, 1.0, 3.0], min_length=1)
+    lr: list[Rate] = Field([0.01, 0.03, 0.1, 0.3, 1.0, 3.0], min_length=1)
     epochs: int = Field(90, gt=0)
     batch_size: int = Field(1024, gt=0)
-    momentum: float = 0.9
-    weight_decay: float = 0.0
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
     pool: Literal["cls", "mean", "mean_all"] | None = None
 
 

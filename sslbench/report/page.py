@@ -38,8 +38,6 @@ from .text import (
     DEVIATE,
     DISAGREE,
     FIGURES,
-    HOW,
-    NOTHING,
     Content,
     as_csv,
     cost,
@@ -58,15 +56,24 @@ DRAWN: dict[str, tuple[Callable[[Table], Figure | None], str]] = {
 
 
 def report(names: list[str], out: Path | None, formats: str, console: Console) -> dict[str, Any]:
-    """All of the ledger as a page in `out`; or, where tables are named, those in the terminal."""
+    """All of the ledger as a page in `out`; where tables are named, those alone, in the terminal without `out`."""
     records = ledger.read()
-    if names:
+    if names and not out:
+        wanted_formats(formats)
         for name in names:
             show(reported_beside_measured(name, records), console)
         return {"tables": names}
-    written = write_page(records, out or home() / "results" / "report", formats, papers=True)
+    written = write_page(records, out or home() / "results" / "report", formats, papers=names or True)
     console.print(written["report"], markup=False)
     return written
+
+
+def wanted_formats(formats: str) -> list[str]:
+    wanted = [f.strip() for f in formats.split(",") if f.strip()]
+    for f in wanted or [""]:
+        if f not in FORMATS:
+            raise UserError(f"unknown report format '{f}'{nearest(f, FORMATS)}")
+    return wanted
 
 
 def write_page(
@@ -75,18 +82,20 @@ def write_page(
     formats: str = "html,md,csv",
     notes: list[str] | None = None,
     title: str = TITLE,
-    papers: bool = False,
+    papers: bool | list[str] = False,
 ) -> dict[str, Any]:
-    """Write report.{html,md,csv} and figures/ into `out`. Returns {"report", "files", "numbers"}."""
-    wanted = [f.strip() for f in formats.split(",") if f.strip()]
-    for f in wanted:
-        if f not in FORMATS:
-            raise UserError(f"unknown report format '{f}'{nearest(f, FORMATS)}; known: {', '.join(FORMATS)}")
-    main = tables(records)
-    other = tables(records, tuple({r.metric for r in records} - {*MAIN_METRICS}))
-    beside = [reported_beside_measured(name, records) for name in paper_tables()] if papers else []
-    content = Content(title, notes or [], main, other, beside)
-    if papers:
+    """Write report.{html,md,csv} and figures/ into `out`. Returns {"report", "files", "numbers"}.
+
+    papers: the papers' tables too; a list of names: those tables and nothing else.
+    """
+    wanted = wanted_formats(formats)
+    alone = papers if isinstance(papers, list) else []
+    beside = [reported_beside_measured(name, records) for name in alone or paper_tables()] if papers else []
+    main, other = tables(records), tables(records, tuple({r.metric for r in records} - {*MAIN_METRICS}))
+    content = Content(title, notes or [], main, other, beside, main + other)
+    if alone:
+        main, content.main, content.other = [], [], []
+    if papers and not alone:
         content.figures, content.disagreements, content.deviations = paper_figures(main), disagreements(), deviations()
     drawn: dict[str, Figure | None] = {f.name: f.figure for f in content.figures}
     for i, t in enumerate(main, 1):
@@ -151,8 +160,8 @@ details { margin: 0; padding: .2rem 0; } summary { cursor: pointer; }
 
 def _html(c: Content, files: dict[str, bytes]) -> str:
     body = [f"<h1>{escape(c.title)}</h1>", *(f'<p class="note">{_prose(n)}</p>' for n in c.notes)]
-    how = f"{_prose(HOW)} A number opens its provenance." if c.main else _prose(NOTHING)
-    body.append(f'<p class="soft">{how}</p>')
+    how = f"{c.lead} A number opens its provenance." if c.main else c.lead
+    body.append(f'<p class="soft">{_prose(how)}</p>')
     body += [_html_measured(t, files, i) for i, t in enumerate(c.main, 1)]
     body += _html_paper_figures(c.figures, files)
     if c.other:
@@ -164,7 +173,7 @@ def _html(c: Content, files: dict[str, bytes]) -> str:
         its = [_html_paper_table(t) for t in c.beside if t.name.startswith(f"{paper}_")]
         body += [f"<h3>{escape(title)}</h3>", *its] if its else []
     body += _html_disagreements(c.disagreements) + _html_deviations(c.deviations)
-    body += _html_provenance(c.main + c.other)
+    body += _html_provenance(c.measured)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'

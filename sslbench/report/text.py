@@ -42,9 +42,14 @@ class Content:
     main: list[Table]
     other: list[Table]  # of metrics that are not the usual three
     beside: list[PaperTable]
+    measured: list[Table]  # whose provenance is shown
     figures: list[PaperFigure] = field(default_factory=list)
     disagreements: list[Disagreement] = field(default_factory=list)
     deviations: list[Deviation] = field(default_factory=list)
+
+    @property
+    def lead(self) -> str:
+        return HOW if self.main else "" if self.measured else NOTHING
 
 
 def cost(row: Row) -> list[str]:
@@ -76,7 +81,7 @@ def _grid(header: list[str], rows: list[list[str]]) -> str:
 
 
 def markdown(c: Content) -> str:
-    parts = [f"# {c.title}", *c.notes, HOW if c.main else NOTHING]
+    parts = [f"# {c.title}", *c.notes, c.lead]
     for t in c.main:
         parts += [f"## {t.title}", "\n".join(f"* {line}" for line in summary(t)), _grid(*measured(t))]
         found = equal(t)

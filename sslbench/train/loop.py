@@ -104,7 +104,8 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
     """
     previous = read_run(folder)
     check_same(job, previous, folder)
-    if previous.get("status") == "finished" and not _other_images(job, previous):
+    whole = previous.get("status") == "finished" and (folder / "weights.safetensors").is_file()
+    if whole and not _other_images(job, previous):
         return "already finished"
     agree(job.machine)
     batch = job.batch()
@@ -422,9 +423,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if path.is_file():
         try:
-            return json.loads(path.read_text())
+            run = json.loads(path.read_text())
         except ValueError as e:
-            raise UserError(f"{path} is not readable ({e}); remove the folder or choose another with --out") from None
+            raise UserError(f"{path} is not readable ({e}); remove its folder, or mend it") from None
+        if not isinstance(run, dict):
+            raise UserError(f"{path} is not what a run writes; remove its folder")
+        return run
     ours = (".lock", "recipe.yaml", "slurm")  # and what a killed run was about to write
     if folder.is_dir() and any(p.name not in ours and p.suffix != ".part" for p in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another folder with --out")
