@@ -179,6 +179,52 @@ def test_ade20ks_photographs_come_without_labels_too(tmp_path, monkeypatch):
         open_split(f"ade20k:{tmp_path}", "train")
 
 
+def shard(path, images, labels, extra=()):
+    """As webdataset's TarWriter: 000.cls, 000.png, 001.cls, ..."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            png = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(png, "png")
+            members = {f"{i:03d}.png": png.getvalue(), f"{i:03d}.json": b"{}", **dict(extra)}
+            members |= {f"{i:03d}.cls": str(label).encode()} if label is not None else {}
+            for name, blob in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(blob)
+                tar.addfile(info, io.BytesIO(blob))
+
+
+def test_webdatasets_shards_are_read_in_any_order_with_their_labels(tmp_path):
+    x = open_split("builtin", "train")
+    shard(tmp_path / "set/a-train-000.tar", x.images[:7], x.labels[:7].tolist())
+    shard(tmp_path / "set/a-train-001.tar", x.images[7:12], x.labels[7:12].tolist())
+    shard(tmp_path / "set/a-val-000.tar", x.images[20:23], [0, 1, 9])
+    data = open_split(f"wds:{tmp_path}/set", "train")
+    assert (len(data), data.name, data.labels.tolist()) == (12, "set", x.labels[:12].tolist())
+    for i in (11, 0, 7):
+        assert np.array_equal(np.asarray(data.read(i)), x.images[i].permute(1, 2, 0).numpy())
+    part = subset(data, torch.tensor([8, 2]))
+    assert part.read(0).tobytes() == data.read(8).tobytes() and part.fingerprint != data.fingerprint
+    assert data_name(f"wds:{tmp_path}/set") == "set" and len(open_split(f"wds:{tmp_path}/set", "val").classes) == 10
+    (_, alone), (_, helped) = batches(data, micro=4), batches(data, micro=4, workers=2)
+    assert all(a.equal(b) for a, b in zip(alone, helped, strict=True)) and len(alone) == 8
+    assert check(f"wds:{tmp_path}/set")["ok"]
+
+
+def test_shards_that_are_none_are_named(tmp_path):
+    x = open_split("builtin", "train").images
+    with pytest.raises(UserError, match=r"no train split; expected tar files named .*\*train\*\.tar"):
+        open_split(f"wds:{tmp_path}", "train")
+    shard(tmp_path / "some/train.tar", x[:3], [0, None, 1])
+    assert open_split(f"wds:{tmp_path}/some", "train").labels is None
+    shard(tmp_path / "words/train.tar", x[:2], ["cat", "dog"])
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk/train.tar").write_text("no tar" * 200)
+    for name in ("words", "junk"):
+        with pytest.raises(UserError, match=rf"{name}/train.tar is not a shard of WebDataset"):
+            open_split(f"wds:{tmp_path}/{name}", "train")
+
+
 def test_a_plan_knows_the_size_of_joined_sets_that_are_not_here():
     assert known_size("imagenet100+coco") == 126_689 + 118_287  # 59 full batches of 4,096: ASL's 47k iterations
     assert (known_size("imagenet100+coco") // 4096 * 800, known_size("builtin+folder:x")) == (47_200, None)

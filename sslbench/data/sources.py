@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 from .layouts import published, tiny_imagenet
+from .shards import EXTENSIONS, ShardImages, open_shards, opened
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 T = TypeVar("T")
-KINDS = ("builtin", "npz", "folder", "imagenet", "coco", "ade20k", "packed")
+KINDS = ("builtin", "npz", "folder", "imagenet", "coco", "ade20k", "wds", "packed")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 HINT = "`--data builtin` and `sslbench quickstart` run now, with no download"
 # Training images of sets that a plan may be asked about before they are on this machine.
@@ -104,12 +104,8 @@ class FolderImages:
         return self.use(index, lambda image: image.convert("RGB"))
 
     def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
-        """f of the opened image, which decodes it as it likes; raises OSError (PIL's errors are some) as `read`."""
-        try:
-            with Image.open(self.root / self.files[index]) as image:
-                return f(image)
-        except (SyntaxError, ValueError, Image.DecompressionBombError) as e:  # PIL's other words for 'corrupt'
-            raise OSError(str(e)) from e
+        """As `opened`."""
+        return opened(self.root / self.files[index], f)
 
 
 @dataclass
@@ -161,7 +157,7 @@ class JoinedImages:
 
     name: str
     split: str
-    parts: list[MemoryImages | FolderImages | PackedImages]
+    parts: list[MemoryImages | FolderImages | PackedImages | ShardImages]
     labels: None = None
     classes: list[str] = field(default_factory=list)
 
@@ -185,7 +181,7 @@ class JoinedImages:
         part, at = self._find(index)
         return part.use(at, f)
 
-    def _find(self, index: int) -> tuple[MemoryImages | FolderImages | PackedImages, int]:
+    def _find(self, index: int) -> tuple[MemoryImages | FolderImages | PackedImages | ShardImages, int]:
         for part in self.parts:
             if index < len(part):
                 return part, index
@@ -193,7 +189,7 @@ class JoinedImages:
         raise IndexError(index)
 
 
-ImageSet = MemoryImages | FolderImages | PackedImages | JoinedImages
+ImageSet = MemoryImages | FolderImages | PackedImages | ShardImages | JoinedImages
 
 
 def open_split(spec: str, split: str) -> ImageSet:
@@ -214,6 +210,8 @@ def open_split(spec: str, split: str) -> ImageSet:
         return _folder(kind, path, split)
     if kind in ("coco", "ade20k"):
         return _photographs(kind, path, split)
+    if kind == "wds":
+        return open_shards(path, split)
     if kind == "packed":
         return _packed(path, split)
     raise UserError(f"data '{spec}': unknown kind '{kind}'{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
@@ -229,6 +227,8 @@ def subset(data: ImageSet, index: Tensor) -> ImageSet:
     if isinstance(data, PackedImages):
         part = hashlib.sha256(data.fingerprint.encode() + index.numpy().tobytes()).hexdigest()[:12]
         return replace(data, table=data.table[index], labels=labels, fingerprint=part)
+    if isinstance(data, ShardImages):
+        return replace(data, table=data.table[index], labels=labels)
     return replace(data, files=[data.files[i] for i in index.tolist()], labels=labels)
 
 
