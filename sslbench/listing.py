@@ -157,6 +157,7 @@ def show_data(console: Console) -> list[dict[str, Any]]:
         {"spec": "coco:DIR", "what": "DIR/train2017/*.jpg, DIR/val2017/*.jpg, without labels"},
         {"spec": "ade20k:DIR", "what": "DIR/images/training/*.jpg, DIR/images/validation/*.jpg, without labels"},
         {"spec": "wds:DIR", "what": "WebDataset's shards, DIR/*train*.tar and DIR/*val*.tar, of KEY.jpg and KEY.cls"},
+        {"spec": "hfds:NAME", "what": "a data set of Hugging Face's hub, or a folder by save_to_disk (extra `hf`)"},
         {"spec": "packed:DIR", "what": "any of these, as `sslbench data pack SPEC --out DIR` writes it: quick to read"},
         {"spec": "A+B", "what": "several of these as one, without labels"},
     ]

@@ -142,7 +142,7 @@ def data_name(spec: str) -> str:
         if kind == "packed":
             parts.append(_packed_name(Path(where).expanduser()))
             continue
-        name = Path(where).stem if kind in ("npz", "folder", "wds") and where else kind
+        name = Path(where).stem if kind in ("npz", "folder", "wds", "hfds") and where else kind
         if kind in ("folder", "imagenet") and "@" in where:  # PATH@FILE: what FILE lists
             name = Path(where.rpartition("@")[2]).stem
         name = re.sub(r"_(train|test|val)$", "", name)

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import tarfile
 from collections import namedtuple
 from pathlib import Path
@@ -223,6 +224,36 @@ def test_shards_that_are_none_are_named(tmp_path):
     for name in ("words", "junk"):
         with pytest.raises(UserError, match=rf"{name}/train.tar is not a shard of WebDataset"):
             open_split(f"wds:{tmp_path}/{name}", "train")
+
+
+def test_without_the_extra_a_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'sslbench\[hf\]'"):
+        open_split("hfds:cifar10", "train")
+
+
+def test_a_hugging_face_data_set_is_read_by_its_columns(tmp_path):
+    hf = pytest.importorskip("datasets", reason="needs the extra `hf`")
+    x = open_split("builtin", "train")
+    pictures = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in x.images[:12]]
+    columns = {"image": hf.Image(), "label": hf.ClassLabel(names=x.classes)}
+    whole = hf.Dataset.from_dict({"image": pictures, "label": x.labels[:12].tolist()}, features=hf.Features(columns))
+    parts = hf.DatasetDict({"train": whole.select(range(9)), "validation": whole.select(range(9, 12))})
+    parts.save_to_disk(tmp_path / "set")
+    data, val = (open_split(f"hfds:{tmp_path}/set", split) for split in ("train", "val"))
+    assert (len(data), len(val), data.name, data.classes) == (9, 3, "set", x.classes)
+    assert data.labels.equal(x.labels[:9]) and data_name(f"hfds:{tmp_path}/set") == "set"
+    assert np.array_equal(np.asarray(data.read(8)), x.images[8].permute(1, 2, 0).numpy())
+    part = subset(data, torch.tensor([7, 2]))
+    assert part.read(0).tobytes() == data.read(7).tobytes() and part.fingerprint != data.fingerprint
+    (_, alone), (_, helped) = batches(data, micro=4), batches(data, micro=4, workers=2)
+    assert all(a.equal(b) for a, b in zip(alone, helped, strict=True))
+    whole.save_to_disk(tmp_path / "one")
+    parts.remove_columns("image").save_to_disk(tmp_path / "blind")
+    for name, says in {"one": "found one set without splits", "blind": "expected one column of images, found none",
+                       "nowhere": "cannot be loaded"}.items():  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            open_split(f"hfds:{tmp_path}/{name}", "train")
 
 
 def test_a_plan_knows_the_size_of_joined_sets_that_are_not_here():

@@ -21,11 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from .hub import HubImages, open_hub
 from .layouts import published, tiny_imagenet
 from .shards import EXTENSIONS, ShardImages, open_shards, opened
 
 T = TypeVar("T")
-KINDS = ("builtin", "npz", "folder", "imagenet", "coco", "ade20k", "wds", "packed")
+KINDS = ("builtin", "npz", "folder", "imagenet", "coco", "ade20k", "wds", "hfds", "packed")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 HINT = "`--data builtin` and `sslbench quickstart` run now, with no download"
 # Training images of sets that a plan may be asked about before they are on this machine.
@@ -157,7 +158,7 @@ class JoinedImages:
 
     name: str
     split: str
-    parts: list[MemoryImages | FolderImages | PackedImages | ShardImages]
+    parts: list[MemoryImages | FolderImages | PackedImages | ShardImages | HubImages]
     labels: None = None
     classes: list[str] = field(default_factory=list)
 
@@ -181,7 +182,7 @@ class JoinedImages:
         part, at = self._find(index)
         return part.use(at, f)
 
-    def _find(self, index: int) -> tuple[MemoryImages | FolderImages | PackedImages | ShardImages, int]:
+    def _find(self, index: int) -> tuple[MemoryImages | FolderImages | PackedImages | ShardImages | HubImages, int]:
         for part in self.parts:
             if index < len(part):
                 return part, index
@@ -189,7 +190,7 @@ class JoinedImages:
         raise IndexError(index)
 
 
-ImageSet = MemoryImages | FolderImages | PackedImages | ShardImages | JoinedImages
+ImageSet = MemoryImages | FolderImages | PackedImages | ShardImages | HubImages | JoinedImages
 
 
 def open_split(spec: str, split: str) -> ImageSet:
@@ -210,6 +211,8 @@ def open_split(spec: str, split: str) -> ImageSet:
         return _folder(kind, path, split)
     if kind in ("coco", "ade20k"):
         return _photographs(kind, path, split)
+    if kind == "hfds":
+        return open_hub(where, split, SPLITS[split])
     if kind == "wds":
         return open_shards(path, split)
     if kind == "packed":
@@ -229,6 +232,8 @@ def subset(data: ImageSet, index: Tensor) -> ImageSet:
         return replace(data, table=data.table[index], labels=labels, fingerprint=part)
     if isinstance(data, ShardImages):
         return replace(data, table=data.table[index], labels=labels)
+    if isinstance(data, HubImages):
+        return replace(data, rows=data.rows.select(index.tolist()), labels=labels)
     return replace(data, files=[data.files[i] for i in index.tolist()], labels=labels)
 
 
