@@ -43,8 +43,6 @@ def bench(
     against: a command to run in turn with each measurement, A B A B, whose last line of output ends in its images/s;
     the row then has `against_images_per_s`, its mean, and `ratio`, ours to it.
     """
-    if not seconds > 0:
-        raise UserError(f"--seconds {seconds}: expected a time, such as 10")
     rows = []
     for arch in archs:
         for name in names or list(methods()):
@@ -126,6 +124,8 @@ def _wait(device: torch.device) -> None:
 
 def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
     """Whole training steps, views to weights, for about `seconds`; the median counts. The loader's part: data_wait."""
+    if not seconds > 0:
+        raise UserError(f"--seconds {seconds}: expected a time, such as 10")
     fabric = make_fabric(recipe.machine)
     dtype = {"32-true": torch.float32, "16-mixed": torch.float16}.get(
         str(fabric.strategy.precision.precision), torch.bfloat16

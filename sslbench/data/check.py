@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..errors import UserError
+from .images import ImageSet, MemoryImages, PackedImages
 from .loader import CORRUPT_LIMIT
-from .sources import ImageSet, MemoryImages, PackedImages, open_split
+from .sources import open_split
 
 
 def check(spec: str) -> dict[str, Any]:

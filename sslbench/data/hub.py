@@ -2,56 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from ..errors import UserError
-from .shards import T, opened
-
-
-@dataclass
-class HubImages:
-    """Rows of an Arrow table, each an encoded image."""
-
-    name: str
-    split: str
-    rows: Any  # datasets.Dataset whose `column` is not decoded
-    column: str
-    labels: Tensor | None
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """12 hex digits over the number of images, the bytes of their table, and every label."""
-        digest = hashlib.sha256(f"{len(self)} {self.rows.data.nbytes}".encode())
-        if self.labels is not None:
-            digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()[:12]
-
-    def where(self, index: int) -> str:
-        return f"{self.name} {self.split} image {index}"
-
-    def read(self, index: int) -> Image.Image:
-        """The decoded RGB image; raises OSError where it is corrupt."""
-        return self.use(index, lambda image: image.convert("RGB"))
-
-    def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
-        """As `opened`."""
-        cell = self.rows[int(index)][self.column]
-        return opened(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"], f)
+from .images import HubImages
 
 
 def open_hub(where: str, split: str, words: tuple[str, ...]) -> HubImages:

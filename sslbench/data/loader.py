@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RunFailed
 from ..views import centre_window, place_boxes, resize_centre
-from .sources import ImageSet, MemoryImages, PackedImages
+from .images import ImageSet, MemoryImages, PackedImages
 
 T = TypeVar("T")
 Box = tuple[int, int, int, int]  # top, left, height, width

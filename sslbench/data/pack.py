@@ -25,7 +25,8 @@ from ..errors import Interrupted, UserError
 from ..recipe import data_name
 from ..train.guard import Signals
 from ..train.state import write_json
-from .sources import ImageSet, MemoryImages, open_split
+from .images import ImageSet, MemoryImages
+from .sources import open_split
 
 CHUNK = 256  # images between looks at signals
 

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ..errors import UserError, nearest
-from .hub import HubImages, open_hub
+from .hub import open_hub
+from .images import EXTENSIONS, FolderImages, ImageSet, JoinedImages, MemoryImages, PackedImages
 from .layouts import published, tiny_imagenet
-from .shards import EXTENSIONS, ShardImages, open_shards, opened
+from .shards import open_shards
 
-T = TypeVar("T")
 KINDS = ("builtin", "npz", "folder", "imagenet", "coco", "ade20k", "wds", "hfds", "packed")
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
 HINT = "`--data builtin` and `sslbench quickstart` run now, with no download"
@@ -41,156 +35,6 @@ SIZES = {
     "imagewoof": 9_025,
     "builtin": 4_000,
 }
-
-
-@dataclass
-class MemoryImages:
-    """A small set, decoded: images uint8 (N, 3, H, W), labels int64 (N,) or None."""
-
-    name: str
-    split: str
-    images: Tensor
-    labels: Tensor | None
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """12 hex digits over every pixel and label."""
-        digest = hashlib.sha256(self.images.numpy().tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()[:12]
-
-    def where(self, index: int) -> str:
-        return f"{self.name} image {index}"
-
-    def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
-
-    def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
-        return f(self.read(index))
-
-
-@dataclass
-class FolderImages:
-    """A large set: files that workers decode. labels as MemoryImages'."""
-
-    name: str
-    split: str
-    root: Path
-    files: list[str]  # relative to root, sorted
-    labels: Tensor | None
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """12 hex digits over every file's relative path and size."""
-        digest = hashlib.sha256()
-        for f in self.files:
-            digest.update(f"{f}\0{(self.root / f).stat().st_size}\n".encode())
-        return digest.hexdigest()[:12]
-
-    def where(self, index: int) -> str:
-        """What a message calls an image."""
-        return str(self.root / self.files[index])
-
-    def read(self, index: int) -> Image.Image:
-        """The decoded RGB image; raises OSError where the file is corrupt."""
-        return self.use(index, lambda image: image.convert("RGB"))
-
-    def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
-        """As `opened`."""
-        return opened(self.root / self.files[index], f)
-
-
-@dataclass
-class PackedImages:
-    """A large set as `sslbench data pack` writes it: raw pixels in one file, mapped into memory, never copied there."""
-
-    name: str
-    split: str
-    file: Path
-    table: Tensor  # (N, 4) int64: where an image begins in the file, its height, its width, the CRC-32 of its pixels
-    fingerprint: str
-    labels: Tensor | None
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @cached_property
-    def mapped(self) -> np.ndarray:
-        # Copy-on-write, since torch wants memory that could be written; nobody writes.
-        return np.memmap(self.file, np.uint8, "c")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a loader's worker is sent: it maps the file itself."""
-        return {k: v for k, v in self.__dict__.items() if k != "mapped"}
-
-    def where(self, index: int) -> str:
-        return f"{self.file} image {index}"
-
-    def pixels(self, index: int) -> np.ndarray:
-        """uint8 (H, W, 3), a view of the file."""
-        begin, height, width, _ = self.table[index].tolist()
-        return self.mapped[begin : begin + height * width * 3].reshape(height, width, 3)
-
-    def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels(index))
-
-    def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
-        return f(self.read(index))
-
-    def intact(self, index: int) -> bool:
-        """Whether the pixels are those that were written."""
-        return zlib.crc32(self.pixels(index)) == self.table[index, 3]
-
-
-@dataclass
-class JoinedImages:
-    """Several sets as one, for pre-training: their images one set after the other, without labels."""
-
-    name: str
-    split: str
-    parts: list[MemoryImages | FolderImages | PackedImages | ShardImages | HubImages]
-    labels: None = None
-    classes: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """12 hex digits over those of the parts, in order."""
-        return hashlib.sha256("+".join(p.fingerprint for p in self.parts).encode()).hexdigest()[:12]
-
-    def where(self, index: int) -> str:
-        part, at = self._find(index)
-        return part.where(at)
-
-    def read(self, index: int) -> Image.Image:
-        part, at = self._find(index)
-        return part.read(at)
-
-    def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
-        part, at = self._find(index)
-        return part.use(at, f)
-
-    def _find(self, index: int) -> tuple[MemoryImages | FolderImages | PackedImages | ShardImages | HubImages, int]:
-        for part in self.parts:
-            if index < len(part):
-                return part, index
-            index -= len(part)
-        raise IndexError(index)
-
-
-ImageSet = MemoryImages | FolderImages | PackedImages | ShardImages | HubImages | JoinedImages
 
 
 def open_split(spec: str, split: str) -> ImageSet:
@@ -218,23 +62,6 @@ def open_split(spec: str, split: str) -> ImageSet:
     if kind == "packed":
         return _packed(path, split)
     raise UserError(f"data '{spec}': unknown kind '{kind}'{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
-
-
-def subset(data: ImageSet, index: Tensor) -> ImageSet:
-    """The images at `index` (K,), in that order, with their labels."""
-    if isinstance(data, JoinedImages):
-        raise TypeError("joined sets have no labels, so nothing is held out of them")
-    labels = None if data.labels is None else data.labels[index]
-    if isinstance(data, MemoryImages):
-        return replace(data, images=data.images[index], labels=labels)
-    if isinstance(data, PackedImages):
-        part = hashlib.sha256(data.fingerprint.encode() + index.numpy().tobytes()).hexdigest()[:12]
-        return replace(data, table=data.table[index], labels=labels, fingerprint=part)
-    if isinstance(data, ShardImages):
-        return replace(data, table=data.table[index], labels=labels)
-    if isinstance(data, HubImages):
-        return replace(data, rows=data.rows.select(index.tolist()), labels=labels)
-    return replace(data, files=[data.files[i] for i in index.tolist()], labels=labels)
 
 
 def open_test(spec: str) -> ImageSet:

@@ -256,12 +256,9 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 average_gradients(method)
             if scaler is not None:  # by hand: Fabric does not unscale for a fused optimiser
                 scaler.unscale_(optimizer.optimizer)
-            if scaler is not None and job.optim.clip_grad:
-                norm: Any = nn.utils.clip_grad_norm_(method.parameters(), job.optim.clip_grad)
-            elif job.optim.clip_grad:
-                norm = fabric.clip_gradients(model, optimizer, max_norm=job.optim.clip_grad, error_if_nonfinite=False)
-            else:
-                norm = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
+            norm: Any = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
+            if job.optim.clip_grad:
+                nn.utils.clip_grads_with_norm_(method.parameters(), job.optim.clip_grad, norm)
             if sharded:
                 norm = norm.full_tensor()
             guard.check(mean["loss"] if scaler is not None else norm)
