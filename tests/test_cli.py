@@ -288,9 +288,12 @@ def test_what_is_broken_beside_a_run_stops_no_command_that_does_not_name_it(trai
 
 
 def test_a_named_table_is_written_alone(invoke, tmp_path):
-    done = invoke("report", "ocl_t6", "--format", "md,tex,html", "--out", "page", "--json")
+    done = invoke("report", "ocl_t6", "--format", "md,tex,html,csv", "--out", "page", "--json")
     assert done.exit_code == 0, done.stderr
-    assert {p.name for p in (tmp_path / "page").iterdir()} == {"report.md", "report.tex", "report.html"}
+    assert {p.name for p in (tmp_path / "page").iterdir()} == {"report.md", "report.tex", "report.html", "ocl_t6.csv"}
+    assert (tmp_path / "page/ocl_t6.csv").read_text().count("77.9") == 1
+    page = (tmp_path / "page/report.html").read_text()
+    assert page.count("<details open>") == page.count("<details") == 1 and "Nothing is measured" not in page
     text = (tmp_path / "page/report.md").read_text()
     assert "77.9" in text and "ocl_t6" in text and "ocl_t7" not in text
 

@@ -44,6 +44,7 @@ from .text import (
     latex,
     markdown,
     missing_text,
+    table_csv,
 )
 
 FORMATS = ("html", "md", "csv", "tex")
@@ -91,10 +92,9 @@ def write_page(
     wanted = wanted_formats(formats)
     alone = papers if isinstance(papers, list) else []
     beside = [reported_beside_measured(name, records) for name in alone or paper_tables()] if papers else []
-    main, other = tables(records), tables(records, tuple({r.metric for r in records} - {*MAIN_METRICS}))
-    content = Content(title, notes or [], main, other, beside, main + other)
-    if alone:
-        main, content.main, content.other = [], [], []
+    main = [] if alone else tables(records)
+    other = [] if alone else tables(records, tuple({r.metric for r in records} - {*MAIN_METRICS}))
+    content = Content(title, notes or [], main, other, beside, bool(alone))
     if papers and not alone:
         content.figures, content.disagreements, content.deviations = paper_figures(main), disagreements(), deviations()
     drawn: dict[str, Figure | None] = {f.name: f.figure for f in content.figures}
@@ -108,17 +108,19 @@ def write_page(
     }
     files |= {f"figures/{f.name}_{m}.png": png for f in content.figures for m, png in f.pictures.items()}
     if "html" in wanted:
-        files["report.html"] = _html(content, files).encode()
+        files["report.html"] = _html(content, files, records).encode()
     if "md" in wanted:
         files["report.md"] = markdown(content).encode()
-    if "csv" in wanted:
+    if "csv" in wanted and alone:
+        files |= {f"{t.name}.csv": table_csv(t).encode() for t in beside}
+    elif "csv" in wanted:
         files["report.csv"] = as_csv(main + other).encode()
     if "tex" in wanted:
         files["report.tex"] = latex(content).encode()
     for name, blob in files.items():
         write_atomically(out / name, blob)
     numbers = sum(len(row.cells) for t in main for row in t.rows)
-    first = next((out / f"report.{f}" for f in FORMATS if f in wanted), out)
+    first = next((out / f"report.{f}" for f in FORMATS if f"report.{f}" in files), out)
     return {"report": str(first), "files": [str(out / f) for f in sorted(files)], "numbers": numbers}
 
 
@@ -158,7 +160,7 @@ details { margin: 0; padding: .2rem 0; } summary { cursor: pointer; }
 """
 
 
-def _html(c: Content, files: dict[str, bytes]) -> str:
+def _html(c: Content, files: dict[str, bytes], records: list[Record]) -> str:
     body = [f"<h1>{escape(c.title)}</h1>", *(f'<p class="note">{_prose(n)}</p>' for n in c.notes)]
     how = f"{c.lead} A number opens its provenance." if c.main else c.lead
     body.append(f'<p class="soft">{_prose(how)}</p>')
@@ -170,10 +172,12 @@ def _html(c: Content, files: dict[str, bytes]) -> str:
     if c.beside:
         body.append(f'<h2>The papers\' tables, reported | measured</h2><p class="soft">{_prose(BESIDE)}</p>')
     for paper, title in PAPERS.items():
-        its = [_html_paper_table(t) for t in c.beside if t.name.startswith(f"{paper}_")]
+        its = [_html_paper_table(t, " open" if c.alone else "") for t in c.beside if t.name.startswith(f"{paper}_")]
         body += [f"<h3>{escape(title)}</h3>", *its] if its else []
     body += _html_disagreements(c.disagreements) + _html_deviations(c.deviations)
-    body += _html_provenance(c.measured)
+    linked = {id for t in c.beside for ids in t.sources.values() for id in ids}
+    linked |= {r.id for t in c.main + c.other for row in t.rows for cell in row.cells.values() for r in cell.records}
+    body += _html_provenance([r for r in records if r.id in linked])
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -267,17 +271,15 @@ def _html_equal(t: Table) -> str:
     return "".join(parts)
 
 
-def _html_provenance(all_tables: list[Table]) -> list[str]:
-    cells = [cell for t in all_tables for row in t.rows for cell in row.cells.values()]
-    shown = {r.id: r for cell in cells for r in cell.records}
+def _html_provenance(shown: list[Record]) -> list[str]:
     parts = ["<h2>Provenance</h2>"] if shown else []
-    for method in sorted({r.method for r in shown.values()}):
-        numbers = [_provenance(r) for r in sorted(shown.values(), key=_reading_order) if r.method == method]
+    for method in sorted({r.method for r in shown}):
+        numbers = [_provenance(r) for r in sorted(shown, key=_reading_order) if r.method == method]
         parts.append(f'<h3>{escape(method)}</h3><div class="columns">{"".join(numbers)}</div>')
     return parts
 
 
-def _html_paper_table(t: PaperTable) -> str:
+def _html_paper_table(t: PaperTable, opened: str = "") -> str:
     def line(tag: str, cells: list[str]) -> str:
         kinds = [' class="key"'] * t.keys + [""] * (len(cells) - t.keys)
         return "<tr>" + "".join(f"<{tag}{kind}>{c}</{tag}>" for kind, c in zip(kinds, cells, strict=True)) + "</tr>"
@@ -293,7 +295,7 @@ def _html_paper_table(t: PaperTable) -> str:
     table += "".join(line("td", [cell(i, j) for j in columns]) for i in range(len(t.rows)))
     notes = "".join(f"<li>{escape(n)}</li>" for n in t.notes)
     return (
-        f'<details><summary>{escape(t.name)} <span class="soft">{escape(t.common)}</span></summary>'
+        f'<details{opened}><summary>{escape(t.name)} <span class="soft">{escape(t.common)}</span></summary>'
         f'<div class="scroll paper"><table>{table}</table></div><ul class="soft notes">{notes}</ul></details>'
     )
 

@@ -15,7 +15,8 @@ from .tables import Cell, Row, Table, summary
 NOTHING = "Nothing is measured yet. `sslbench quickstart` measures in minutes; `sslbench eval knn` adds a number."
 HOW = (
     "A cell is top-1 accuracy in percent with the half-width of its 95 % interval: over seeds (Student t) where there "
-    "are several, else over the test images (binomial). In brackets: the difference to the untrained ViT."
+    "are several, of the pre-training or, of one, of the evaluation, else over the test images (binomial). In brackets "
+    "the difference to the untrained ViT."
 )
 BESIDE = (
     "As printed; `-` where the paper prints no number. After the bar, what was measured with the same method, arch, "
@@ -42,14 +43,14 @@ class Content:
     main: list[Table]
     other: list[Table]  # of metrics that are not the usual three
     beside: list[PaperTable]
-    measured: list[Table]  # whose provenance is shown
+    alone: bool  # nothing but `beside`
     figures: list[PaperFigure] = field(default_factory=list)
     disagreements: list[Disagreement] = field(default_factory=list)
     deviations: list[Deviation] = field(default_factory=list)
 
     @property
     def lead(self) -> str:
-        return HOW if self.main else "" if self.measured else NOTHING
+        return HOW if self.main else "" if self.alone else NOTHING
 
 
 def cost(row: Row) -> list[str]:
@@ -154,6 +155,13 @@ def _escaped(text: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV
+
+
+def table_csv(t: PaperTable) -> str:
+    """A paper's table as it is shown, without its notes."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([t.header, *t.rows])
+    return buffer.getvalue()
 
 
 def as_csv(all_tables: list[Table]) -> str:
