@@ -18,7 +18,7 @@ from . import provenance
 from .bench import beside, measure, recipe_of
 from .errors import UserError
 from .paths import home
-from .train.device import default_device
+from .train.device import bf16_is_fast, default_device
 from .train.state import write_atomically, write_json
 
 Figure = Literal["times MAE's code", "times MAE's code on timm's fused attention", "of MAE's FLOP/s", "images/s"]
@@ -72,6 +72,8 @@ def measure_targets(reference: Path | None, seconds: float, console: Console) ->
         blank = {"target": target.name, "at_least": target.at_least, "on": target.on, "measured": None}
         if target.on not in here:
             row = old.get(target.name) or blank | {"why": f"no {target.on} at hand"}
+        elif not bf16_is_fast(device):  # an emulated product says nothing of bf16
+            row = old.get(target.name) or blank | {"why": "this CPU has no bf16 matrix product"}
         elif target.figure.startswith("times") and reference is None:
             row = old.get(target.name) or blank | {"why": "no clone of MAE's code given (--reference)"}
         else:

@@ -123,6 +123,13 @@ def test_bench_targets_measures_what_is_here_and_keeps_what_is_not(invoke, home,
     ]
     monkeypatch.setattr(speed, "TARGETS", targets)
     bench = ["bench", "--targets", "--seconds", 0.1, "--json"]
+    monkeypatch.setattr(speed, "bf16_is_fast", lambda device: False)
+    done = invoke(*bench)
+    assert done.exit_code == 0, done.output
+    assert [row["measured"] for row in json.loads(done.stdout)["rows"]] == [None] * 3
+    assert "no bf16" in json.loads((home / "results" / "speed.json").read_text())[1]["why"]
+    (home / "results" / "speed.json").unlink()
+    monkeypatch.setattr(speed, "bf16_is_fast", lambda device: True)  # measured as it would be, however slowly
     done = invoke(*bench)
     assert done.exit_code == 0, done.output
     mae, ocl, far = json.loads(done.stdout)["rows"]
