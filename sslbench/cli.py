@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from .errors import Interrupted, RunFailed, UserError
+from .errors import Interrupted, RunFailed, UserError, full, is_full
 from .train.launch import first_process
 
 
@@ -32,6 +32,11 @@ class Group(TyperGroup):
                 raise
             err.print(f"[bold red]error:[/] {_plain(e.filename)} cannot be used: {str(e.strerror).lower()}")
             raise typer.Exit(2) from None
+        except OSError as e:
+            if not is_full(e):
+                raise
+            err.print(f"[bold red]run failed:[/] {_plain(full(e.filename or 'a result'))}")
+            raise typer.Exit(1) from None
         except RunFailed as e:
             err.print(f"[bold red]run failed:[/] {_plain(e)}")
             raise typer.Exit(1) from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -20,6 +22,19 @@ class Interrupted(Exception):
     def __init__(self, message: str, requeue: bool = False) -> None:
         super().__init__(message)
         self.requeue = requeue
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether it says that the disk, a quota on it or the largest allowed file is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def full(what: str | os.PathLike[str]) -> str:
+    """The message for it."""
+    return (
+        f"no room on the disk (or in its quota) to write {what}; make some, then give the same command again: "
+        f"a training goes on from its newest checkpoint"
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

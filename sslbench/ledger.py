@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import UserError
+from .errors import RunFailed, UserError, full
 from .paths import home
 from .recipe import digest
 
@@ -100,10 +100,13 @@ def append(fields: dict[str, Any]) -> Record:
     record = Record(id=digest(fields), **fields)
     folder = ledger_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{record.method}.jsonl", "ab") as f:
+    path, line = folder / f"{record.method}.jsonl", (record.model_dump_json() + "\n").encode()
+    with open(path, "ab", buffering=0) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        f.write((record.model_dump_json() + "\n").encode())
-        f.flush()
+        before = f.seek(0, os.SEEK_END)
+        if f.write(line) < len(line):  # the disk is full
+            f.truncate(before)
+            raise RunFailed(full(path))
         os.fsync(f.fileno())
     return record
 

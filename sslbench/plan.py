@@ -97,6 +97,7 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console, link:
         "device_hours": wall / 3600 * batch.world,
         "peak_memory_gib": round(memory, 2),
         "disk_gib": round((KEEP * a.checkpoint + a.weights) / 2**30, 3),
+        "disk_peak_gib": round((KEEP + 1) * a.checkpoint / 2**30, 3),  # the weights are smaller, and come at the end
         "images_per_s": steps * batch.total / wall if wall else None,
         "calibration": {"images_a_step": a.batch, "data": a.data, "scaled": not whole},
         "hardware": provenance.hardware(default_device().type, batch.world),
@@ -248,7 +249,9 @@ def _show(answer: dict[str, Any], batch: Batch, console: Console) -> None:
     console.print(f"steps      {answer['steps']:,} of {batch}")
     console.print(f"time       {_time(answer['hours'])}, {answer['device_hours']:,.2f} device hours")
     console.print(f"memory     {answer['peak_memory_gib']:.2f} GiB a device at its peak")
-    console.print(f"disk       {answer['disk_gib']:.3f} GiB")
+    console.print(
+        f"disk       {answer['disk_gib']:.3f} GiB, {answer['disk_peak_gib']:.3f} while a checkpoint is written"
+    )
     console.print(f"compute    {answer['flops']:.3g} FLOP")
     console.print(f"on         {h['devices']} x {h['device']}, {h['threads']} threads")
     scaled = f"; scaled from steps of {c['images_a_step']} images" if c["scaled"] else ""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -79,6 +80,25 @@ def test_sigterm_saves_exits_130_and_resumes(undisturbed, run_sslbench, tmp_path
     newest.write_bytes(newest.read_bytes()[:1000])  # the disk was full, say
     done = run_sslbench(*COMMAND, home=tmp_path)
     assert done.returncode == 0 and "falling back" in done.stderr, done.stderr
+    assert same_weights(whole, folder)
+
+
+def test_a_full_disk_is_one_message_and_nothing_is_lost(undisturbed, run_sslbench, environment, tmp_path):
+    """The kernel refuses files of over 1 MiB, as it does where a quota is used up."""
+    whole, _ = undisturbed
+    limit = (1 << 20, resource.RLIM_INFINITY)
+    done = subprocess.run(
+        [sys.executable, "-m", "sslbench", *COMMAND], cwd=tmp_path, env=environment(tmp_path), capture_output=True,
+        text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )  # fmt: skip
+    assert done.returncode == 1 and "no room on the disk" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "step_000000003.pt" in done.stderr
+    folder = next((tmp_path / "runs").iterdir())
+    assert not checkpoints(tmp_path) and not list(folder.rglob("*.part"))
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "failed" and "no room" in run["error"]
+    done = run_sslbench(*COMMAND, home=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert same_weights(whole, folder)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import provenance
 from ..data.loader import MicroBatches, seed_of
 from ..draws import Draws
-from ..errors import Interrupted, RunFailed, UserError
+from ..errors import Interrupted, RunFailed, UserError, full, is_full
 from ..method import Method
 from ..recipe import Batch, Machine, Recipe, dump
 from .cache import average_gradients, cached_backward
@@ -139,6 +139,8 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
         raise RunFailed(f"out of device memory at a micro-batch of {batch.micro} images; {hint}") from e
     except Exception as e:
         run.write("failed", error=f"{type(e).__name__}: {e}")
+        if is_full(e):
+            raise RunFailed(full(folder)) from e
         if fabric.world_size > 1 and any(word in str(e) for word in ("gloo", "NCCL", "ProcessGroup")):
             raise RunFailed(
                 f"another process of this run has died or cannot be reached, so this one (rank {fabric.global_rank} of "

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from ..errors import UserError
+from ..errors import RunFailed, UserError, full, is_full
 
 KEEP = 2
 
 
+@contextlib.contextmanager
+def whole_file(path: Path, aside: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` at the end: the old one or the new one, never a part.
+
+    Where writing fails nothing is left of it; RunFailed where the disk is full.
+    """
+    try:
+        with open(aside, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    except BaseException as e:
+        aside.unlink(missing_ok=True)
+        # torch.save fails over its unfinished archive while the disk's own error is on its way.
+        for cause in (e, e.__context__):
+            if is_full(cause):
+                raise RunFailed(full(path)) from e
+        raise
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, never a part."""
+    """The file is the old one or the new one, never a part. RunFailed where the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(aside, "wb") as f:
+    with whole_file(path, path.with_name(f".{path.name}.{os.getpid()}.part")) as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
-    _sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -53,14 +72,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         left.unlink()
     path = folder / f"step_{step:09d}.pt"
     aside = folder / f".{path.name}.part"
-    with open(aside, "wb") as f:
+    with whole_file(path, aside) as f:
         torch.save(state, f)
         f.flush()
-        os.fsync(f.fileno())
-    # The checksum stands before the file does: a checkpoint without one was never finished.
-    write_atomically(path.with_suffix(".sha256"), sha256_file(aside).encode())
-    os.replace(aside, path)
-    _sync_folder(folder)
+        # The checksum stands before the file does: a checkpoint without one was never finished.
+        write_atomically(path.with_suffix(".sha256"), sha256_file(aside).encode())
     for old in sorted(folder.glob("step_*.pt"))[:-KEEP]:
         old.unlink()
         old.with_suffix(".sha256").unlink(missing_ok=True)
