@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from sslbench import speed
+from sslbench.bench import matmul_peak
 from sslbench.pretrain import compose
 from sslbench.provenance import EnergyMeter
 from sslbench.train.loop import pretrain
@@ -151,6 +153,12 @@ def test_bench_targets_measures_what_is_here_and_keeps_what_is_not(invoke, home,
     for wrong in (["--targets", "--reference", clone], ["--targets", "ocl"], ["--reference", clone]):
         assert invoke("bench", *wrong).exit_code == 2
     assert json.loads(path.read_text())[2] == elsewhere
+
+
+def test_the_matmul_peak_is_found_in_seconds_where_bf16_is_emulated_too():
+    began = time.perf_counter()
+    assert 0 < matmul_peak(torch.device("cpu"), torch.bfloat16) < 1e14
+    assert time.perf_counter() - began < 60  # 16 minutes at 2048 on a core without bf16
 
 
 def test_the_committed_speeds_are_those_of_the_targets():
