@@ -60,7 +60,7 @@ def test_the_two_set_up_commands_are_those_that_ci_runs():
     assert len(setup) == 2 and setup[0].endswith("sslbench quickstart") and setup[1].endswith("pytest")
     ci = (ROOT / ".ci" / "run").read_text()
     assert "pip\" install -q -e '.[dev]'" in ci and "pip install -q -e '.[dev]'" in setup[1]
-    assert '"$venv/bin/pytest"' in ci and ".venv/bin/pytest" in setup[1]
+    assert '"$bin/pytest"' in ci and ".venv/bin/pytest" in setup[1]
 
 
 @pytest.fixture(scope="module")

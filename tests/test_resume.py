@@ -12,7 +12,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-COMMAND = ["pretrain", "ocl", "--recipe", "ocl_smoke", "--epochs", "3", "--batch-size", "64", "--set",
+COMMAND = ["pretrain", "ocl", "--recipe", "ocl_smoke", "--epochs", "1", "--batch-size", "64", "--set",
            "machine.save_every=3", "--set", "machine.log_every=2", "--set", "machine.tensorboard=false"]  # fmt: skip
 
 
@@ -44,6 +44,7 @@ def same_weights(a, b):
     return x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x)
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_instants_changes_nothing(undisturbed, run_sslbench, tmp_path, environment):
     whole, seconds = undisturbed
     draw = random.Random(0)
