@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import resource
 import shutil
 import subprocess
 from itertools import combinations, pairwise
@@ -15,7 +16,7 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from sslbench import ledger
-from sslbench.errors import UserError
+from sslbench.errors import RunFailed, UserError
 from sslbench.report import figures
 from sslbench.report.page import report, write_page
 from sslbench.report.paper_figures import curves, paper_figures
@@ -413,3 +414,18 @@ def test_the_browser_would_have_told(tmp_path):
     bad = f'<img src="{image}"><div style="width: 500px">wide</div><script>nothing()</script>'
     said, ((_, fits, fetched), (_, wide, _)) = browse(tmp_path, bad)
     assert "ReferenceError" in said[0] and fits == 0 and wide > 100 and fetched == [image]
+
+
+def test_a_line_for_which_the_disk_has_no_room_is_not_half_written(home):
+    first = ledger.append(fields())
+    path = home / "results" / "ledger" / "ocl.jsonl"
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
+    try:
+        with pytest.raises(RunFailed, match="no room"):
+            ledger.append(fields(41))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    second = ledger.append(fields(41))
+    assert [record.id for record in ledger.read()] == [first.id, second.id]
