@@ -29,8 +29,8 @@ from .recipe import data_name, load_yaml, resolve
 from .report.figures import STYLE, picture
 from .report.page import CSS
 from .train.device import default_device
-from .train.loop import read_run
 from .train.meter import build
+from .train.run import read_run
 from .train.state import newest_checkpoint, write_atomically
 from .views import normalise
 from .vit import pool_tokens

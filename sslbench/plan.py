@@ -26,8 +26,9 @@ from .pretrain import length
 from .recipe import Batch, Recipe
 from .train.device import bf16_is_fast, default_device
 from .train.job import Job
-from .train.loop import fit, read_run
+from .train.loop import fit
 from .train.meter import flops_per_image
+from .train.run import read_run
 from .train.shard import shards, units
 from .train.state import KEEP
 

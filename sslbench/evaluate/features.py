@@ -20,7 +20,7 @@ from ..data import ImageSet, open_split
 from ..data.loader import evaluation_batches, seed_of
 from ..errors import UserError
 from ..paths import home
-from ..train.loop import read_run
+from ..train.run import read_run
 from ..train.state import sha256_file, write_atomically
 from ..views import normalise
 from ..vit import VisionTransformer, get_arch, initialise, pool_tokens

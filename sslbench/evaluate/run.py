@@ -29,7 +29,8 @@ from ..recipe import (
 from ..stats import mean_interval
 from ..train.device import default_device
 from ..train.launch import alone, launched
-from ..train.loop import fit, read_run
+from ..train.loop import fit
+from ..train.run import read_run
 from ..train.state import sha256_file, write_json
 from .features import Subject, both_splits, extract, find_weights, newest_run, open_subject
 from .finetune import Finetune, FinetuneJob, load_classifier, predict

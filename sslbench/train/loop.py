@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import logging
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +22,7 @@ from ..data.loader import MicroBatches, seed_of
 from ..draws import Draws
 from ..errors import Interrupted, RunFailed, UserError, full, is_full
 from ..method import Method
-from ..recipe import Batch, Machine, Recipe, dump
+from ..recipe import Batch, Machine, Recipe
 from .cache import average_gradients, cached_backward
 from .device import bf16_is_fast, default_device, keep_freed_memory
 from .diagnose import CollapseMeters, term_gradients
@@ -34,8 +31,9 @@ from .job import Job
 from .launch import agree, environment
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
-from .shard import load_optimizer, sharding, shards, unsharded, whole_moments, whole_weights
-from .state import newest_checkpoint, save_checkpoint, sha256_file, write_atomically, write_json
+from .run import Run, check_same, hold, read_run
+from .shard import load_optimizer, sharding, shards, unsharded
+from .state import newest_checkpoint
 
 
 class TrainStep(nn.Module):
@@ -314,151 +312,9 @@ def of_this(run: Run, step: int) -> Iterator[None]:
         ) from None
 
 
-class Run:
-    """The run folder: what is written there, and the cost so far."""
-
-    def __init__(self, job: Job, folder: Path, fabric: Fabric, previous: dict[str, Any]) -> None:
-        self.job, self.folder, self.fabric = job, folder, fabric
-        self.label = job.label
-        self.checkpoints = folder / "checkpoints"
-        self.cost: dict[str, Any] = {"wall_s": 0.0, "device_hours": 0.0, "joules": 0.0, "images_seen": 0}  # before
-        self.resumed = previous.get("resumed", 0)
-        self.created = previous.get("created", provenance.now())
-        self.steps = 0
-        self.info: dict[str, Any] = {}
-        self.flops_per_image: float | None = 0.0
-        self.began = time.perf_counter()
-
-    def begin(self, fingerprint: str, total: int, per_epoch: int) -> None:
-        self.job.machine.precision = {"32-true": "32", "bf16-mixed": "bf16"}.get(  # type: ignore[assignment]
-            str(self.fabric.strategy.precision.precision), "16"
-        )
-        if self.fabric.world_size > 1:
-            self.job.machine.strategy = "fsdp" if isinstance(self.fabric.strategy, ModelParallelStrategy) else "ddp"
-        self.info = {
-            "kind": self.job.kind,
-            **self.job.info(),
-            "data_fingerprint": fingerprint,
-            "steps_total": total,
-            "steps_per_epoch": per_epoch,
-            "code": provenance.code(),
-            "versions": provenance.versions(),
-            "hardware": {
-                **provenance.hardware(self.fabric.device.type, self.fabric.world_size),
-                "precision": self.job.machine.precision,
-            },
-        }
-        self.flops_per_image = self.job.flops_per_image()
-        self.began, self.energy = time.perf_counter(), provenance.EnergyMeter(self.fabric.device.type)
-        if self.fabric.is_global_zero:
-            write_atomically(self.folder / "recipe.yaml", dump(self.job.recipe).encode())
-        self.write("running")
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's cost."""
-        self.cost, self.resumed = {**self.cost, **state["cost"]}, self.resumed + 1
-
-    def to_keep(self) -> dict[str, Any]:
-        """What `resume` takes up."""
-        return {k: v for k, v in self.costs().items() if k in self.cost}
-
-    def costs(self) -> dict[str, Any]:
-        wall = time.perf_counter() - self.began
-        images = self.steps * self.job.batch_size
-        joules = [self.cost["joules"], self.energy.read() if self.fabric.world_size == 1 else None]  # of this device
-        return {
-            "wall_s": round(self.cost["wall_s"] + wall, 3),
-            "device_hours": self.cost["device_hours"] + wall / 3600 * self.fabric.world_size,
-            "flops": None if self.flops_per_image is None else self.flops_per_image * images,
-            "peak_memory_gib": provenance.peak_memory_gib(self.fabric.device.type),
-            "joules": None if None in joules else sum(joules),
-            "images_seen": images,
-        }
-
-    def write(self, status: str, **more: Any) -> None:
-        if not self.fabric.is_global_zero or not self.info:
-            return
-        record = {
-            "status": status,
-            "created": self.created,
-            "updated": provenance.now(),
-            "step": self.steps,
-            "resumed": self.resumed,
-            **self.info,
-            "cost": self.costs(),
-            **more,
-        }
-        write_json(self.folder / "run.json", record)
-
-    def save(self, step_module: TrainStep, optimizer: Any, loader: MicroBatches) -> None:
-        self.info["substituted"] = len(loader.corrupt)
-        weights, moments = whole_weights(step_module), whole_moments(step_module, optimizer)
-        if self.fabric.is_global_zero:
-            state = {
-                "method": weights,
-                "optimizer": moments,
-                "precision": self.fabric.strategy.precision.state_dict(),  # fp16's scale of the loss
-                "cost": self.to_keep(),
-                "corrupt": sorted(loader.corrupt),
-            }
-            save_checkpoint(self.checkpoints, self.steps, state)
-            self.write("running")
-        self.fabric.barrier()
-
-    def finish(self, step_module: TrainStep) -> None:
-        method, sharded = step_module.method, isinstance(self.fabric.strategy, ModelParallelStrategy)
-        weights = whole_weights(step_module) if sharded else {}
-        if self.fabric.is_global_zero:
-            if sharded:
-                method = self.job.build()
-                method.load_state_dict(weights)
-            self.job.save_weights(self.folder / "weights.safetensors", method)
-            self.write("finished", weights_sha256=sha256_file(self.folder / "weights.safetensors"))
-        self.fabric.barrier()
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json, or {} where the folder holds no run. A folder with other things in it is refused."""
-    path = folder / "run.json"
-    if path.is_file():
-        try:
-            run = json.loads(path.read_text())
-        except ValueError as e:
-            raise UserError(f"{path} is not readable ({e}); remove its folder, or mend it") from None
-        if not isinstance(run, dict):
-            raise UserError(f"{path} is not what a run writes; remove its folder")
-        return run
-    ours = (".lock", "recipe.yaml", "slurm")  # and what a killed run was about to write
-    if folder.is_dir() and any(p.name not in ours and p.suffix != ".part" for p in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no run; choose another folder with --out")
-    return {}
-
-
 def _other_images(job: Job, previous: dict[str, Any]) -> bool:
     """Whether a finished run was on other images. Where they are gone nobody can tell: then it is finished."""
     try:
         return job.data().fingerprint != previous["data_fingerprint"]
     except UserError:
         return False
-
-
-def check_same(job: Job, previous: dict[str, Any], folder: Path) -> None:
-    """A run folder belongs to one recipe and seed."""
-    for key, value in job.identity.items():
-        if previous and previous.get(key) != value:
-            raise UserError(
-                f"{folder} holds a run of another recipe ({key} {previous.get(key)}, this one {value}); choose "
-                f"another folder with --out, or give the settings that run was started with ({folder}/recipe.yaml)"
-            )
-
-
-def hold(folder: Path) -> int:
-    """A lock on the run folder for as long as this process lives."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise UserError(f"another process is training in {folder}") from None
-    return descriptor

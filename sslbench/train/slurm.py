@@ -14,7 +14,8 @@ from ..errors import Interrupted, RunFailed, UserError, nearest
 from ..recipe import Batch, Recipe
 from .job import Job
 from .launch import first_process
-from .loop import check_same, pretrain, read_run
+from .loop import pretrain
+from .run import check_same, read_run
 
 WARNING_S = 300  # before the end of its time a job gets SIGUSR1; the next log step has to come within that
 

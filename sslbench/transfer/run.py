@@ -28,7 +28,8 @@ from ..ledger import Record, Scale
 from ..paths import home
 from ..recipe import Batch, digest
 from ..train.launch import alone
-from ..train.loop import fit, make_fabric, read_run
+from ..train.loop import fit, make_fabric
+from ..train.run import read_run
 from ..train.state import write_atomically, write_json
 from .protocol import TransferRecipe
 

@@ -28,9 +28,9 @@ from ..data.loader import epoch_order, host_seed, seed_of
 from ..errors import Interrupted, RunFailed, UserError
 from ..recipe import Batch
 from ..train.guard import Signals
-from ..train.loop import Run
 from ..train.meter import Metrics, Running, Stopwatch, note, progress_bar
 from ..train.optim import layer_groups
+from ..train.run import Run
 from ..train.state import newest_checkpoint, save_checkpoint, sha256_file
 from .protocol import Optim
 
