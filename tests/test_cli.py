@@ -29,10 +29,10 @@ def last_json(done):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, run_sslbench):
+def trained(tmp_path_factory, run_here):
     """One smoke run that several tests read."""
     home = tmp_path_factory.mktemp("home")
-    done = run_sslbench("pretrain", "ocl", *SMOKE, "--json", home=home)
+    done = run_here("pretrain", "ocl", *SMOKE, "--json", home=home)
     assert done.returncode == 0, done.stderr
     return home, last_json(done)
 
@@ -59,10 +59,10 @@ def test_pretrain_writes_a_complete_run_folder(trained):
     } <= set(last)
 
 
-def test_a_finished_run_is_left_alone(trained, run_sslbench):
+def test_a_finished_run_is_left_alone(trained, run_here):
     home, _ = trained
     before = {p: p.stat().st_mtime_ns for p in (home / "runs").rglob("*.safetensors")}
-    done = run_sslbench("pretrain", "ocl", *SMOKE, "--json", home=home)
+    done = run_here("pretrain", "ocl", *SMOKE, "--json", home=home)
     assert done.returncode == 0 and "already finished" in done.stderr
     assert {p: p.stat().st_mtime_ns for p in (home / "runs").rglob("*.safetensors")} == before
 
@@ -81,14 +81,14 @@ def test_eval_reads_the_newest_run_and_says_so(trained, run_sslbench):
     assert {r["metric"] for r in lines} >= {"knn_top1", "linprobe_top1"}
 
 
-def test_export_for_timm_gives_the_same_features(trained, run_sslbench):
+def test_export_for_timm_gives_the_same_features(trained, run_here):
     import timm
     import torch
 
     from sslbench.evaluate.features import open_subject
 
     home, answer = trained
-    done = run_sslbench("export", answer["run"], "--format", "timm", "--json", home=home)
+    done = run_here("export", answer["run"], "--format", "timm", "--json", home=home)
     assert done.returncode == 0, done.stderr
     out = last_json(done)
     model = timm.create_model(out["model"], checkpoint_path=str(home / out["file"]), **out["kwargs"]).eval()
@@ -180,8 +180,8 @@ def test_every_ablation_resolves_at_every_scale_each_row_by_itself(table):
     [("vit_b16", 85.798656, 138, "9600 = 2400 per device x 1 device(s) x 4 accumulation", 5.625e-3),
      ("vit_l16", 303.301632, 118, "2048 = 512 per device x 1 device(s) x 4 accumulation", 1.2e-3)],
 )  # fmt: skip
-def test_dry_run_prints_the_papers_plan_with_no_data(run_sslbench, tmp_path, arch, encoder, tokens, batch, lr):
-    done = run_sslbench("pretrain", "ocl", "--arch", arch, "--dry-run", home=tmp_path)
+def test_dry_run_prints_the_papers_plan_with_no_data(run_here, tmp_path, arch, encoder, tokens, batch, lr):
+    done = run_here("pretrain", "ocl", "--arch", arch, "--dry-run", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{encoder:.1f}M parameters" in done.stdout and f"tokens      {tokens} " in done.stdout
     assert batch in done.stdout and f"lr          {lr:g} =" in done.stdout and "800 epochs" in done.stdout
@@ -267,7 +267,7 @@ def test_labels_that_are_no_classes_are_refused(labels, invoke, tmp_path):
     assert done.exit_code == 2 and "must be integers from 0 on" in done.stderr
 
 
-def test_what_is_broken_beside_a_run_stops_no_command_that_does_not_name_it(trained, run_sslbench, tmp_path):
+def test_what_is_broken_beside_a_run_stops_no_command_that_does_not_name_it(trained, run_here, tmp_path):
     home, answer = trained
     shutil.copytree(home, tmp_path / "home")
     home = tmp_path / "home"
@@ -275,15 +275,15 @@ def test_what_is_broken_beside_a_run_stops_no_command_that_does_not_name_it(trai
     (home / "runs/bad/run.json").write_text("[]")
     for cache in (home / "runs/.features").glob("*"):
         cache.write_bytes(cache.read_bytes()[:100])
-    listed = run_sslbench("list", "runs", "--json", home=home, env={"COLUMNS": "80"})
+    listed = run_here("list", "runs", "--json", home=home, env={"COLUMNS": "80"})
     assert {r["run"]: r["status"] for r in last_json(listed)["runs"]}["bad"] == "unreadable"
     folder = Path(answer["run"]).name
     assert folder in listed.stderr  # whole, at 80 columns
-    assert run_sslbench("eval", "knn", home=home).returncode == 0
+    assert run_here("eval", "knn", home=home).returncode == 0
     (home / "runs" / folder / "weights.safetensors").unlink()
-    gone = run_sslbench("eval", "knn", f"runs/{folder}", home=home)
+    gone = run_here("eval", "knn", f"runs/{folder}", home=home)
     assert gone.returncode == 2 and "is gone; the command that started the run" in gone.stderr
-    assert last_json(run_sslbench("pretrain", "ocl", *SMOKE, "--json", home=home))["status"] == "finished"
+    assert last_json(run_here("pretrain", "ocl", *SMOKE, "--json", home=home))["status"] == "finished"
     assert (home / "runs" / folder / "weights.safetensors").is_file()
 
 
@@ -321,58 +321,58 @@ def test_bad_input_gets_one_message_and_status_2(case, tmp_path, monkeypatch):
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"], "something was written"
 
 
-def test_a_message_about_missing_imagenet_says_where_it_looked_and_how_to_point(run_sslbench, tmp_path):
-    done = run_sslbench("pretrain", "ocl", "--arch", "vit_l16", home=tmp_path, env={"SSLBENCH_DATA": str(tmp_path)})
+def test_a_message_about_missing_imagenet_says_where_it_looked_and_how_to_point(run_here, tmp_path):
+    done = run_here("pretrain", "ocl", "--arch", "vit_l16", home=tmp_path, env={"SSLBENCH_DATA": str(tmp_path)})
     assert done.returncode == 2
     for words in (str(tmp_path / "imagenet"), "--data imagenet:DIR", "SSLBENCH_DATA", "--data builtin", "quickstart"):
         assert words in done.stderr
 
 
-def test_a_folder_without_images_is_refused(run_sslbench, tmp_path):
+def test_a_folder_without_images_is_refused(run_here, tmp_path):
     (tmp_path / "set/train/a").mkdir(parents=True)
-    done = run_sslbench("pretrain", "ocl", "--data", f"folder:{tmp_path}/set", home=tmp_path)
+    done = run_here("pretrain", "ocl", "--data", f"folder:{tmp_path}/set", home=tmp_path)
     assert done.returncode == 2 and "no images under" in done.stderr
 
 
-def test_a_run_folder_of_another_arch_is_refused(trained, run_sslbench):
+def test_a_run_folder_of_another_arch_is_refused(trained, run_here):
     home, answer = trained
-    done = run_sslbench("pretrain", "ocl", *SMOKE, "--arch", "vit_ti4", "--out", answer["run"], home=home)
+    done = run_here("pretrain", "ocl", *SMOKE, "--arch", "vit_ti4", "--out", answer["run"], home=home)
     assert done.returncode == 2 and "arch vit_mini4" in done.stderr
 
 
-def test_a_ledger_line_that_is_not_ours_names_file_and_line(trained, run_sslbench, tmp_path):
+def test_a_ledger_line_that_is_not_ours_names_file_and_line(trained, run_here, tmp_path):
     (tmp_path / "results/ledger").mkdir(parents=True)
     (tmp_path / "results/ledger/x.jsonl").write_text('{"value": 1}\n')
-    done = run_sslbench("report", home=tmp_path)
+    done = run_here("report", home=tmp_path)
     assert done.returncode == 2 and "x.jsonl, line 1" in done.stderr
 
 
 def test_a_folder_of_photographs_trains_with_workers_and_counts_what_it_cannot_read(
-    run_sslbench, tmp_path, image_folder
+    run_here, tmp_path, image_folder
 ):
     files = sorted((image_folder / "train").rglob("*.png"))
     files[0].write_bytes(b"not a picture")
-    check = run_sslbench("data", "check", f"folder:{image_folder}", "--json", home=tmp_path)
+    check = run_here("data", "check", f"folder:{image_folder}", "--json", home=tmp_path)
     assert check.returncode == 2 and str(files[0]) in check.stderr  # one of few: more than 0.1 %
-    done = run_sslbench("pretrain", "ocl", *SMOKE, "--data", f"folder:{image_folder}", "--batch-size", "16",
+    done = run_here("pretrain", "ocl", *SMOKE, "--data", f"folder:{image_folder}", "--batch-size", "16",
                         "--set", "machine.workers=1", home=tmp_path)  # fmt: skip
     assert done.returncode == 1 and "more than 0.1%" in done.stderr
     files[0].unlink()
-    done = run_sslbench("pretrain", "ocl", *SMOKE, "--data", f"folder:{image_folder}", "--batch-size", "16",
+    done = run_here("pretrain", "ocl", *SMOKE, "--data", f"folder:{image_folder}", "--batch-size", "16",
                         "--set", "machine.workers=1", "--json", home=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
-def test_one_corrupt_image_in_a_thousand_is_substituted_and_counted_in_the_run(run_sslbench, tmp_path):
+def test_one_corrupt_image_in_a_thousand_is_substituted_and_counted_in_the_run(run_here, tmp_path):
     data = open_split("builtin", "train")
     folder = tmp_path / "images/train/all"
     folder.mkdir(parents=True)
     for i, x in enumerate(data.images[:1100]):
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder / f"{i:04d}.png")
     (folder / "0007.png").write_bytes(b"torn")
-    check = run_sslbench("data", "check", f"folder:{tmp_path}/images", home=tmp_path)
+    check = run_here("data", "check", f"folder:{tmp_path}/images", home=tmp_path)
     assert check.returncode == 0 and "0007.png" in check.stdout  # a run would accept it
-    done = run_sslbench("pretrain", "ocl", *SMOKE, "--data", f"folder:{tmp_path}/images", "--batch-size", "100",
+    done = run_here("pretrain", "ocl", *SMOKE, "--data", f"folder:{tmp_path}/images", "--batch-size", "100",
                         "--set", "machine.workers=2", "--out", "r", home=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "r/run.json").read_text())["substituted"] == 1

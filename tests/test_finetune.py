@@ -156,14 +156,14 @@ def test_positions_are_resampled_for_another_size():
 
 
 @pytest.fixture(scope="module")
-def finetuned(run_sslbench, tmp_path_factory):
+def finetuned(run_here, tmp_path_factory):
     home = tmp_path_factory.mktemp("finetuned")
-    done = run_sslbench(*SMOKE, "--set", "machine.save_every=3", "--json", home=home)
+    done = run_here(*SMOKE, "--set", "machine.save_every=3", "--json", home=home)
     assert done.returncode == 0, done.stderr
     return home, json.loads(done.stdout.splitlines()[-1]), next((home / "runs").glob("finetune_*"))
 
 
-def test_a_fine_tuning_resumed_ends_with_the_same_weights_and_number(finetuned, run_sslbench, tmp_path):
+def test_a_fine_tuning_resumed_ends_with_the_same_weights_and_number(finetuned, run_here, tmp_path):
     _, record, run = finetuned
     copy = tmp_path / "runs" / run.name
     shutil.copytree(run, copy)
@@ -174,7 +174,7 @@ def test_a_fine_tuning_resumed_ends_with_the_same_weights_and_number(finetuned, 
     info = json.loads((copy / "run.json").read_text())
     del info["record"]
     (copy / "run.json").write_text(json.dumps({**info, "status": "running"}))
-    done = run_sslbench(*SMOKE, "--set", "machine.save_every=3", "--json", home=tmp_path)
+    done = run_here(*SMOKE, "--set", "machine.save_every=3", "--json", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((copy / "run.json").read_text())["resumed"] == 1
     a, b = load_file(run / "weights.safetensors"), load_file(copy / "weights.safetensors")
@@ -182,9 +182,9 @@ def test_a_fine_tuning_resumed_ends_with_the_same_weights_and_number(finetuned, 
     assert json.loads(done.stdout.splitlines()[-1])["value"] == record["value"]
 
 
-def test_a_finished_fine_tuning_gives_its_number_again_and_adds_none(finetuned, run_sslbench):
+def test_a_finished_fine_tuning_gives_its_number_again_and_adds_none(finetuned, run_here):
     home, record, _ = finetuned
-    done = run_sslbench(*SMOKE, "--set", "machine.save_every=3", "--json", home=home)
+    done = run_here(*SMOKE, "--set", "machine.save_every=3", "--json", home=home)
     assert json.loads(done.stdout.splitlines()[-1]) == record and "is finished" in done.stderr
     assert record["metric"] == "finetune_top1" and record["n"] == 1000
     lines = (home / "results" / "ledger" / "untrained.jsonl").read_text().splitlines()
@@ -201,19 +201,19 @@ def class_folders(root, names, per_class=6):
     return root
 
 
-def test_from_pre_training_through_fine_tuning_to_robustness(run_sslbench, tmp_path):
+def test_from_pre_training_through_fine_tuning_to_robustness(run_here, tmp_path):
     """The newest run is found at each step, and the last number knows the first run and all that was spent."""
-    pretrained = run_sslbench("pretrain", "mae", "--recipe", "mae_smoke", "--data", "builtin", "--json", home=tmp_path)
+    pretrained = run_here("pretrain", "mae", "--recipe", "mae_smoke", "--data", "builtin", "--json", home=tmp_path)
     assert pretrained.returncode == 0, pretrained.stderr
     run = Path(json.loads(pretrained.stdout.splitlines()[-1])["run"])
     quick = ["--recipe", "finetune_smoke", "--set", "science.auto_augment=null"]
-    tuned = run_sslbench("eval", "finetune", *quick, "--json", home=tmp_path)
+    tuned = run_here("eval", "finetune", *quick, "--json", home=tmp_path)
     assert tuned.returncode == 0 and run.name in tuned.stderr, tuned.stderr
     top1 = json.loads(tuned.stdout.splitlines()[-1])
     assert top1["pretrain"]["run"] == run.name and top1["n"] == 1000
     assert top1["value"] > 10 + 3 * top1["stderr"]  # ten classes
     hard = class_folders(tmp_path / "hard", ["cat", "frog", "ship", "truck"], per_class=100)
-    scored = run_sslbench("eval", "robustness", "--data", f"folder:{hard}", "--json", home=tmp_path)
+    scored = run_here("eval", "robustness", "--data", f"folder:{hard}", "--json", home=tmp_path)
     assert scored.returncode == 0, scored.stderr
     record = json.loads(scored.stdout.splitlines()[-1])
     assert (record["method"], record["dataset"], record["n"]) == ("mae", "hard", 400)
@@ -223,11 +223,11 @@ def test_from_pre_training_through_fine_tuning_to_robustness(run_sslbench, tmp_p
     assert record["cost"]["wall_s"] > top1["cost"]["wall_s"] > spent["wall_s"] > 0
 
 
-def test_robustness_answers_among_the_classes_that_the_set_has(finetuned, run_sslbench, monkeypatch):
+def test_robustness_answers_among_the_classes_that_the_set_has(finetuned, run_here, monkeypatch):
     home, _, run = finetuned
     names = ["cat", "dog", "ship"]
     folder = class_folders(home / "hard", names)
-    done = run_sslbench("eval", "robustness", "--data", f"folder:{folder}", "--json", home=home)
+    done = run_here("eval", "robustness", "--data", f"folder:{folder}", "--json", home=home)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
     assert (record["metric"], record["dataset"], record["n"]) == ("top1", "hard", 18)

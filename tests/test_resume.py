@@ -103,8 +103,8 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(undisturbed, run_sslbenc
     assert same_weights(whole, folder)
 
 
-def test_a_non_finite_step_stops_before_the_weights_move(run_sslbench, tmp_path):
-    done = run_sslbench("pretrain", "ocl", "--recipe", "ocl_smoke", "--set", "science.optim.lr=1e30", "--set",
+def test_a_non_finite_step_stops_before_the_weights_move(run_here, tmp_path):
+    done = run_here("pretrain", "ocl", "--recipe", "ocl_smoke", "--set", "science.optim.lr=1e30", "--set",
                         "science.optim.warmup_epochs=0", "--set", "machine.save_every=1", home=tmp_path)  # fmt: skip
     assert done.returncode == 1 and "not finite" in done.stderr, done.stderr
     folder = next((tmp_path / "runs").iterdir())
@@ -112,12 +112,12 @@ def test_a_non_finite_step_stops_before_the_weights_move(run_sslbench, tmp_path)
     assert run["status"] == "failed" and "not finite" in run["error"]
 
 
-def test_a_checkpoint_of_another_arch_is_refused(run_sslbench, tmp_path):
+def test_a_checkpoint_of_another_arch_is_refused(run_here, tmp_path):
     args = ["pretrain", "mae", "--recipe", "mae_smoke", "--set", "machine.tensorboard=false"]
-    assert run_sslbench(*args, "--out", "a", home=tmp_path).returncode == 0
-    assert run_sslbench(*args, "--arch", "vit_ti4", "--epochs", "0", "--out", "b", home=tmp_path).returncode == 0
+    assert run_here(*args, "--out", "a", home=tmp_path).returncode == 0
+    assert run_here(*args, "--arch", "vit_ti4", "--epochs", "0", "--out", "b", home=tmp_path).returncode == 0
     run = json.loads((tmp_path / "b/run.json").read_text())
     (tmp_path / "b/run.json").write_text(json.dumps({**run, "status": "interrupted"}))
     shutil.copytree(tmp_path / "a/checkpoints", tmp_path / "b/checkpoints", dirs_exist_ok=True)
-    done = run_sslbench(*args, "--arch", "vit_ti4", "--epochs", "0", "--out", "b", home=tmp_path)
+    done = run_here(*args, "--arch", "vit_ti4", "--epochs", "0", "--out", "b", home=tmp_path)
     assert done.returncode == 2 and "not of this mae vit_ti4" in done.stderr, done.stderr
