@@ -28,7 +28,7 @@ def doctor(console: Console) -> dict[str, Any]:
         **{k: v for k, v in provenance.versions().items() if k != "python"},
         "device": provenance.hardware(device, max(1, torch.cuda.device_count()))["device"],
         "devices": torch.cuda.device_count() if device == "cuda" else 1,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": provenance.cores(),
         "memory_gib": _memory_gib(),
         "precision_auto": "bf16" if bf16_is_fast(device) else "32",
         "torchvision_operators": _torchvision_operators(),

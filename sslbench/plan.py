@@ -93,12 +93,13 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console, link:
     scale = mine / a.batch
     looks, saves = math.ceil(steps / m.meters_every), math.ceil(steps / m.saves_every(per_epoch, steps))
     wall = a.first_s * scale + a.step_s * scale * max(0, steps - 1) + a.look_s * scale * looks + a.save_s * saves
+    kept = min(KEEP, saves) * a.checkpoint + a.weights
     answer |= {
         "hours": wall / 3600,
         "device_hours": wall / 3600 * batch.world,
         "peak_memory_gib": round(memory, 2),
-        "disk_gib": round((KEEP * a.checkpoint + a.weights) / 2**30, 3),
-        "disk_peak_gib": round((KEEP + 1) * a.checkpoint / 2**30, 3),  # the weights are smaller, and come at the end
+        "disk_gib": round(kept / 2**30, 3),
+        "disk_peak_gib": round(max(kept, min(KEEP + 1, saves) * a.checkpoint) / 2**30, 3),  # before the oldest goes
         "images_per_s": steps * batch.total / wall if wall else None,
         "calibration": {"images_a_step": a.batch, "data": a.data, "scaled": not whole},
         "hardware": provenance.hardware(default_device().type, batch.world),

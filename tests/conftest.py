@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sslbench.cli import app
-from sslbench.data import open_split
+from sslbench.data import open_split, sources, subset
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,6 +88,17 @@ def invoke(tmp_path, monkeypatch):
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("SSLBENCH_HOME", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Every eighth image of the built-in set, in its place, where an evaluation would be most of a test's time."""
+
+    def few(split, whole=sources._builtin):
+        data = whole(split)
+        return subset(data, torch.arange(0, len(data), 8))
+
+    monkeypatch.setattr(sources, "_builtin", few)
 
 
 @pytest.fixture(scope="session")

@@ -67,15 +67,15 @@ def test_a_finished_run_is_left_alone(trained, run_here):
     assert {p: p.stat().st_mtime_ns for p in (home / "runs").rglob("*.safetensors")} == before
 
 
-def test_eval_reads_the_newest_run_and_says_so(trained, run_sslbench):
+def test_eval_reads_the_newest_run_and_says_so(trained, run_here):
     home, answer = trained
-    done = run_sslbench("eval", "knn", "--json", home=home)
+    done = run_here("eval", "knn", "--json", home=home)
     assert done.returncode == 0, done.stderr
     record = last_json(done)
     assert answer["run"].rsplit("/", 1)[-1] in done.stderr
     assert record["metric"] == "knn_top1" and 5 < record["value"] < 60 and record["n"] == 1000
     assert record["pretrain"]["run"] in answer["run"] and record["cost"]["flops"] > 1e9 and record["scale"] == "tiny"
-    probe = run_sslbench("eval", "linprobe", answer["run"], "--json", home=home)
+    probe = run_here("eval", "linprobe", answer["run"], "--json", home=home)
     assert probe.returncode == 0 and last_json(probe)["metric"] == "linprobe_top1"
     lines = [json.loads(x) for x in (home / "results/ledger/ocl.jsonl").read_text().splitlines()]
     assert {r["metric"] for r in lines} >= {"knn_top1", "linprobe_top1"}
@@ -119,7 +119,7 @@ def test_report_list_doctor_and_data_check(trained, invoke, monkeypatch):
 
 
 def test_bench_measures_every_method_against_the_matmul_peak_each_with_its_own_memory(run_sslbench, tmp_path):
-    done = run_sslbench("bench", *METHODS, "ocl", "--arch", "vit_mini4", "--batch-size", "64", "--seconds", "0.1",
+    done = run_sslbench("bench", *METHODS, "ocl", "--arch", "vit_mini4", "--batch-size", "16", "--seconds", "0.1",
                         "--json", home=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = last_json(done)["rows"]
@@ -132,8 +132,8 @@ def test_bench_measures_every_method_against_the_matmul_peak_each_with_its_own_m
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_methods_smoke_recipe_trains_and_is_evaluated(name, invoke, tmp_path):
-    command = ["pretrain", name, "--recipe", f"{name}_smoke", "--epochs", "0.3", "--json"]
+def test_every_methods_smoke_recipe_trains_and_is_evaluated(name, invoke, few_images, tmp_path):
+    command = ["pretrain", name, "--recipe", f"{name}_smoke", "--epochs", "2", "--json"]
     done = invoke(*command)
     assert done.exit_code == 0, done.stderr
     run = last_json(done)["run"]
@@ -144,8 +144,8 @@ def test_every_methods_smoke_recipe_trains_and_is_evaluated(name, invoke, tmp_pa
     assert last_json(again)["status"] == "finished" and "already finished" in again.stderr
 
 
-def test_ablate_runs_every_row_and_prints_the_table(invoke, tmp_path):
-    quick = ["science.epochs=0.04", "science.data.image_size=8", "machine.tensorboard=false"]
+def test_ablate_runs_every_row_and_prints_the_table(invoke, few_images, tmp_path):
+    quick = ["science.epochs=0.3", "science.data.image_size=8", "machine.tensorboard=false"]
     sets = [word for s in quick for word in ("--set", s)]
     done = invoke("ablate", "asl_t7", *sets, columns=80)
     assert done.exit_code == 0, done.stderr
@@ -347,9 +347,7 @@ def test_a_ledger_line_that_is_not_ours_names_file_and_line(trained, run_here, t
     assert done.returncode == 2 and "x.jsonl, line 1" in done.stderr
 
 
-def test_a_folder_of_photographs_trains_with_workers_and_counts_what_it_cannot_read(
-    run_here, tmp_path, image_folder
-):
+def test_a_folder_of_photographs_trains_with_workers_and_counts_what_it_cannot_read(run_here, tmp_path, image_folder):
     files = sorted((image_folder / "train").rglob("*.png"))
     files[0].write_bytes(b"not a picture")
     check = run_here("data", "check", f"folder:{image_folder}", "--json", home=tmp_path)

@@ -270,7 +270,7 @@ def test_a_fine_tuned_run_is_no_encoder_and_not_the_newest_pre_training(finetune
         evaluate(eval_recipe("knn"), str(run), "builtin")
 
 
-def test_seeds_give_a_mean_and_its_interval(invoke):
+def test_seeds_give_a_mean_and_its_interval(invoke, few_images):
     args = ["eval", "linprobe", "untrained:vit_mini4@16", "--data", "builtin", "--seeds", "2", "--json"]
     done = invoke(*args, "--set", "science.epochs=2")
     assert done.exit_code == 0, done.stderr

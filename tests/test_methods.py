@@ -102,7 +102,7 @@ def test_what_gets_no_gradient_stores_no_activations(name):
 @every_method
 def test_a_run_restored_from_a_checkpoint_ends_with_the_same_weights(name, home):
     """Through the trainer and its files: the last checkpoint is lost, the run goes on from the one before."""
-    sets = ["science.batch_size=100", "science.epochs=0.2"]  # 8 steps
+    sets = ["science.batch_size=50", "science.epochs=0.1"]  # 8 steps
     sets += ["machine.save_every=3", "machine.tensorboard=false", "machine.meters_every=4"]
     science = {"arch": "vit_mini4", "data": {"spec": "builtin", "image_size": 16}}
     recipe = compose(name, science=science, sets=sets)

@@ -9,7 +9,7 @@ from sslbench.pretrain import compose
 from sslbench.recipe import Batch
 from sslbench.train.meter import build
 
-RUN = ["mae", "--data", "builtin", "--recipe", "mae_smoke", "--epochs", "2"]
+RUN = ["mae", "--data", "builtin", "--recipe", "mae_smoke", "--epochs", "1"]
 
 
 def last_json(done):
@@ -20,7 +20,7 @@ def last_json(done):
 @pytest.mark.slow
 def test_a_plan_is_what_the_run_then_takes(run_sslbench, tmp_path):
     """A busy machine may be three times as fast at one moment as at another; on a quiet one it is within 10 %."""
-    planned = last_json(run_sslbench("plan", *RUN, "--seconds", "10", "--json", home=tmp_path))
+    planned = last_json(run_sslbench("plan", *RUN, "--seconds", "4", "--json", home=tmp_path))
     assert not (tmp_path / "runs").exists() and not planned["calibration"]["scaled"]
     run = last_json(run_sslbench("pretrain", *RUN, "--json", home=tmp_path))["run"]
     cost = json.loads((tmp_path / run / "run.json").read_text())["cost"]
@@ -28,7 +28,7 @@ def test_a_plan_is_what_the_run_then_takes(run_sslbench, tmp_path):
     assert cost["wall_s"] / 3 < planned["hours"] * 3600 < cost["wall_s"] * 3
     assert planned["peak_memory_gib"] == pytest.approx(cost["peak_memory_gib"], rel=0.1)
     kept = sum(p.stat().st_size for p in (tmp_path / run).rglob("*") if p.suffix in (".pt", ".safetensors"))
-    assert planned["disk_gib"] * 2**30 == pytest.approx(kept, rel=0.02)
+    assert planned["disk_gib"] * 2**30 == pytest.approx(kept, rel=0.02)  # of one checkpoint, all that it writes
 
 
 def test_another_machine_is_planned_from_flops_and_says_so(invoke):

@@ -54,7 +54,7 @@ def test_safetensors_without_our_metadata_are_timms(model, tmp_path):
     assert open_subject(str(tmp_path / "w.safetensors")).arch == ARCH
 
 
-def test_timm_by_name_is_measured_and_says_so(model, home, tmp_path):
+def test_timm_by_name_is_measured_and_says_so(model, few_images, home, tmp_path):
     """`local-dir:` is timm's own way to a model that needs no download."""
     folder = tmp_path / "hub"
     folder.mkdir()

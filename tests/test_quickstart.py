@@ -3,10 +3,8 @@
 import json
 
 import pytest
-import torch
 from rich.console import Console
 
-from sslbench.data import open_split, sources, subset
 from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.method import methods
 from sslbench.pretrain import compose
@@ -15,11 +13,7 @@ from sslbench.train.loop import pretrain
 
 
 @pytest.mark.slow
-def test_quickstart_measures_every_method_beside_the_untrained_vit(invoke, tmp_path, monkeypatch):
-    """On an eighth of its images, or the evaluations of seven encoders would be most of the time."""
-    few = {split: open_split("builtin", split) for split in ("train", "val")}
-    few = {split: subset(data, torch.arange(0, len(data), 8)) for split, data in few.items()}
-    monkeypatch.setattr(sources, "_builtin", few.get)
+def test_quickstart_measures_every_method_beside_the_untrained_vit(invoke, few_images, tmp_path):
     done = invoke("quickstart", "--minutes", "0.2", "--json")
     assert done.exit_code == 0, done.stderr
     assert "Mixed Precision" not in done.stderr  # what lightning has to say, twice for each method

@@ -31,7 +31,7 @@ def recipe(**machine):
     science = {
         "epochs": 0.1,
         "batch_size": 64,
-        "data": {"spec": "builtin", "image_size": 16},
+        "data": {"spec": "builtin", "image_size": 8},
         "optim": {"clip_grad": 1.0},
     }
     return compose("mae", recipe="mae_smoke", science=science, sets=sets)

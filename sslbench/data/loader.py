@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RunFailed
+from ..provenance import cores
 from ..views import centre_window, place_boxes, resize_centre
 from .images import ImageSet, MemoryImages, PackedImages
 
@@ -35,6 +36,17 @@ def seed_of(*key: int | str) -> int:
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """The permutation of n images that an epoch reads."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("order", seed, epoch)))
+
+
+def decoders(workers: int, device: torch.device) -> dict[str, Any]:
+    """DataLoader's arguments for that many processes that read images, or as many as there are cores."""
+    workers = min(workers, cores())
+    return {
+        "num_workers": workers,
+        "pin_memory": device.type == "cuda",
+        # The main process holds threads and, with a GPU, a CUDA context: forking it is not safe.
+        "multiprocessing_context": "forkserver" if workers else None,
+    }
 
 
 class MicroBatches:
@@ -99,11 +111,8 @@ class MicroBatches:
         loader = DataLoader(
             _Decoded(self.data, self.seed, *self.crop, self.distort),
             batch_sampler=_Keys(self, first, last),
-            num_workers=self.workers,
             collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-            # The main process holds threads and, with a GPU, a CUDA context: forking it is not safe.
-            multiprocessing_context="forkserver" if self.workers else None,
+            **decoders(self.workers, self.device),
         )
         batches = iter(loader)
         for _ in range((last - first) * self.accumulation):
@@ -296,10 +305,8 @@ def evaluation_batches(data: ImageSet, size: int, batch: int, device: torch.devi
     loader = DataLoader(
         _Centred(data, size),
         batch,
-        num_workers=workers,
         collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context="forkserver" if workers else None,
+        **decoders(workers, device),
     )
     corrupt: set[int] = set()
     for images, _, bad in loader:

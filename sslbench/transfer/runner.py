@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from .. import provenance
-from ..data.loader import epoch_order, host_seed, seed_of
+from ..data.loader import decoders, epoch_order, host_seed, seed_of
 from ..errors import Interrupted, RunFailed, UserError
 from ..recipe import Batch
 from ..train.guard import Signals
@@ -264,11 +264,9 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
     loader = DataLoader(
         Drawn(data.dataset, seed),
         batch_sampler=Order(len(data), seed, batch, fabric.global_rank, first, total),  # type: ignore[arg-type]
-        num_workers=machine.workers,
         collate_fn=pseudo_collate,
         generator=torch.Generator(),  # else it draws from the one that the model's draws come from
-        pin_memory=fabric.device.type == "cuda",
-        multiprocessing_context="forkserver" if machine.workers else None,
+        **decoders(machine.workers, fabric.device),
     )
     save_every = machine.saves_every(per_epoch, total)
     with progress_bar(console, progress) as bar:
