@@ -60,7 +60,7 @@ def test_heads_side_by_side_learn_as_each_would_alone(home):
     assert other.value == pytest.approx(record.value, abs=0.2) and other.condition["lr"] == record.condition["lr"]
 
 
-def test_batchnorm_sees_what_the_recipe_says_on_any_machine(home):
+def test_batchnorm_sees_what_the_recipe_says_on_any_machine(few_images, home):
     """The encoder's passes are a matter of memory; what is normalised together is the protocol's."""
     found = {}
     for name, sets in {"whole": ["machine.micro_batch=250"], "parts": ["machine.micro_batch=50"],
@@ -70,7 +70,7 @@ def test_batchnorm_sees_what_the_recipe_says_on_any_machine(home):
         found[name] = record, load_file(run / "weights.safetensors")
         shutil.rmtree(run)
     (whole, x), (parts, y), (other, z) = found.values()
-    assert whole.protocol == parts.protocol != other.protocol and whole.value == pytest.approx(parts.value, abs=0.11)
+    assert whole.protocol == parts.protocol != other.protocol and whole.value == pytest.approx(parts.value, abs=0.81)
     for key in x:
         torch.testing.assert_close(x[key], y[key], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(x["norm.running_mean"], z["norm.running_mean"], rtol=1e-4, atol=1e-5)

@@ -17,10 +17,10 @@ COMMAND = ["pretrain", "ocl", "--recipe", "ocl_smoke", "--epochs", "1", "--batch
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, run_sslbench):
+def undisturbed(tmp_path_factory, run_here):
     home = tmp_path_factory.mktemp("undisturbed")
     began = time.monotonic()
-    done = run_sslbench(*COMMAND, home=home)
+    done = run_here(*COMMAND, home=home)
     assert done.returncode == 0, done.stderr
     return next((home / "runs").iterdir()), time.monotonic() - began
 
@@ -45,7 +45,7 @@ def same_weights(a, b):
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_instants_changes_nothing(undisturbed, run_sslbench, tmp_path, environment):
+def test_sigkill_at_random_instants_changes_nothing(undisturbed, run_here, tmp_path, environment):
     whole, seconds = undisturbed
     draw = random.Random(0)
     for _ in range(3):
@@ -57,7 +57,7 @@ def test_sigkill_at_random_instants_changes_nothing(undisturbed, run_sslbench, t
         time.sleep(draw.uniform(0, 0.08) * seconds)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    done = run_sslbench(*COMMAND, home=tmp_path)
+    done = run_here(*COMMAND, home=tmp_path)
     assert done.returncode == 0, done.stderr
     resumed = next((tmp_path / "runs").iterdir())
     assert json.loads((resumed / "run.json").read_text())["resumed"] >= 1
@@ -84,7 +84,7 @@ def test_sigterm_saves_exits_130_and_resumes(undisturbed, run_sslbench, tmp_path
     assert same_weights(whole, folder)
 
 
-def test_a_full_disk_is_one_message_and_nothing_is_lost(undisturbed, run_sslbench, environment, tmp_path):
+def test_a_full_disk_is_one_message_and_nothing_is_lost(undisturbed, run_here, environment, tmp_path):
     """The kernel refuses files of over 1 MiB, as it does where a quota is used up."""
     whole, _ = undisturbed
     limit = (1 << 20, resource.RLIM_INFINITY)
@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(undisturbed, run_sslbenc
     assert not checkpoints(tmp_path) and not list(folder.rglob("*.part"))
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "failed" and "no room" in run["error"]
-    done = run_sslbench(*COMMAND, home=tmp_path)
+    done = run_here(*COMMAND, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert same_weights(whole, folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -109,6 +110,7 @@ def _photographs(kind: str, path: Path, split: str) -> FolderImages:
     return FolderImages(kind, split, root, files, None, [])
 
 
+@functools.cache
 def _builtin(split: str) -> MemoryImages:
     """4,000 + 1,000 images of CIFAR-10 (Krizhevsky 2009), class-balanced, in their official splits, lossless."""
     with np.load(Path(__file__).parent / "builtin_cifar10.npz") as z:
