@@ -64,6 +64,15 @@ SHARDED = ("ocl", "ccmim", "macrl")
 RESUMED = {"2": [("1", "ocl"), ("4", "ocl"), ("4", "macrl"), ("fsdp", "ocl")], "fsdp": [("1", "macrl")]}
 
 
+def rewound(run, folder):
+    """A copy as it was after 10 of the 20 steps."""
+    shutil.copytree(run, folder)
+    for path in (folder / "weights.safetensors", *folder.glob("checkpoints/step_000000020.*")):
+        path.unlink()
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**info, "status": "running"}))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, environment):
     """WORLD/METHOD: runs of 20 steps, negatives gathered; fsdp: of 2 processes that shard. resumedWORLD/METHOD: what 2
@@ -73,19 +82,15 @@ def trained(tmp_path_factory, environment):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two, fsdp = ["2", 2, "ddp", [*METHODS]], ["fsdp", 2, "fsdp", SHARDED]
     one, four = ["1", 1, "ddp", [*METHODS]], ["4", 4, "ddp", [*METHODS]]
-    for launcher, phases in ((torchrun, [two]), ([], [fsdp]), ([], [one, four])):
+    for launcher, phases in ((torchrun, [two, fsdp]), ([], [fsdp, one, four])):  # the second time fsdp resumes only
         done = subprocess.run([sys.executable, *launcher, "train.py", json.dumps(phases)], cwd=home,
                               env=environment(home, {"OMP_NUM_THREADS": "1"}), capture_output=True, text=True,
                               timeout=400)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        out = phases[0][0]
-        for to, name in RESUMED.get(out, ()):
-            folder = home / f"resumed{to}" / name
-            shutil.copytree(home / out / name, folder)
-            for path in (folder / "weights.safetensors", *folder.glob("checkpoints/step_000000020.*")):
-                path.unlink()
-            info = json.loads((folder / "run.json").read_text())
-            (folder / "run.json").write_text(json.dumps({**info, "status": "running"}))
+        if launcher:
+            for out, copies in RESUMED.items():
+                for to, name in copies:
+                    rewound(home / out / name, home / f"resumed{to}" / name)
     return home
 
 
