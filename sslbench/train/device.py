@@ -17,8 +17,13 @@ def bf16_is_fast(device: str) -> bool:
     """Whether this device multiplies bf16 matrices faster than float32 ones, by what its maker built in."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+    return device == "cpu" and bf16_unit() is not None
+
+
+def bf16_unit() -> str | None:
+    """What multiplies bf16 matrices on this CPU; None where that is emulated."""
+    units = {"AMX": "_is_amx_tile_supported", "AVX-512 BF16": "_is_avx512_bf16_supported"}
+    return next((unit for unit, check in units.items() if getattr(torch.cpu, check, bool)()), None)
 
 
 def release_freed_memory() -> None:
