@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny import TINY
 from typer.testing import CliRunner
 
 from sslbench.cli import app
 from sslbench.data import open_split, sources, subset
+from sslbench.vit import ARCHS
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,6 +90,13 @@ def invoke(tmp_path, monkeypatch):
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("SSLBENCH_HOME", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def tiny_arch(monkeypatch):
+    """`science.arch=tiny`: what makes a recipe train two small blocks, as words for a command."""
+    monkeypatch.setitem(ARCHS, "tiny", TINY)
+    return ["--set", "science.arch=tiny", "--set", f"science.data.image_size={TINY.image}"]
 
 
 @pytest.fixture

@@ -93,11 +93,12 @@ def test_info_nce_is_the_cross_entropy_of_cosines():
 
 
 @pytest.mark.parametrize("name", ["asl", "ccmim", "macrl", "mae", "mocov3", "ocl"])
-def test_a_run_in_small_passes_is_the_run_in_one(name, invoke, tmp_path):
+def test_a_run_in_small_passes_is_the_run_in_one(name, invoke, tiny_arch, tmp_path):
     """The draws too: accumulation, or gradient caching where a loss compares images, changes only the rounding."""
     weights = []
     for micro in (32, 8):
-        args = ["pretrain", name, "--recipe", f"{name}_smoke", "--batch-size", 32, "--epochs", 0.032, "--out", micro]
+        args = ["pretrain", name, "--recipe", f"{name}_smoke", *tiny_arch]
+        args += ["--batch-size", 32, "--epochs", 0.032, "--out", micro]
         for key in (f"micro_batch={micro}", "precision=32", "tensorboard=false", "log_every=1"):
             args += ["--set", f"machine.{key}"]
         done = invoke(*args)

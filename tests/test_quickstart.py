@@ -30,12 +30,12 @@ def test_quickstart_measures_every_method_beside_the_untrained_vit(invoke, few_i
 
 @pytest.mark.slow
 def test_ocl_gains_three_points_of_knn_over_the_untrained_vit(home):
-    """At the settings of quickstart, for 5 of its recipe's 12 epochs."""
-    recipe = compose("ocl", science={"data": {"spec": "builtin", "image_size": SIZE}, "epochs": 5})
+    """At the settings of quickstart, for 4 of its recipe's 12 epochs."""
+    recipe = compose("ocl", science={"data": {"spec": "builtin", "image_size": SIZE}, "epochs": 4})
     pretrain(recipe, home / "run", Console(quiet=True), progress=False)
     trained, untrained = (
         evaluate(eval_recipe("knn"), run, "builtin", 0)[0].value
         for run in (str(home / "run"), f"untrained:vit_mini4@{SIZE}")
     )
     print(f"k-NN {untrained:.1f} % -> {trained:.1f} %")
-    assert trained - untrained >= 3  # 4.0 in float32
+    assert trained - untrained >= 3  # 4.2 in float32, 3.9 in bf16
