@@ -37,7 +37,7 @@ def train(out, world, strategy, names, rank=None, port=0):
         if name == "ocl":
             sets += ["science.method.gather_negatives=true", "science.optim.clip_grad=0.5"]
         if name == "mocov3":  # BatchNorm of features that are still much alike magnifies rounding: smaller steps
-            sets.append("science.optim.lr=1e-5")
+            sets += ["science.optim.lr=1e-5", "science.method.hidden_dim=64", "science.method.projector_dim=16"]
         recipe = compose(name, recipe=f"{name}_smoke", sets=sets, machine={"devices": world, "strategy": strategy})
         for folder in (Path(out) / name, Path(f"resumed{out}") / name):
             if folder.parent.name == out or folder.is_dir():

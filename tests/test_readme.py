@@ -39,7 +39,7 @@ QUICKER = {
 }
 
 
-def test_every_command_of_the_readme_runs_in_order(invoke, tmp_path):
+def test_every_command_of_the_readme_runs_in_order(invoke, few_images, tmp_path):
     assert len(COMMANDS) > 8
     coco = ROOT.parent / "shared" / "data"  # of developers; without it the command says that DIR is no folder
     lacking = [["pretrain", "ocl", "--arch", "vit_l16"]]  # no ImageNet here

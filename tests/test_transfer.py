@@ -227,7 +227,7 @@ def test_mask_rcnn_learns_four_images(parts, invoke, tmp_path):
 @pytest.mark.slow
 def test_upernet_learns_four_images(parts, invoke):
     """At 8 x 8 tokens an image; all losses are on 32 x 32 pixels, which is what makes it quick."""
-    more = {"science__iterations": 120, "science__crop": 32, "science__stride": 32, "science__optim__lr": 2e-3}
+    more = {"science__iterations": 80, "science__crop": 32, "science__stride": 32, "science__optim__lr": 2e-3}
     done = invoke("transfer", "ade20k", "untrained:vit_mini4", "--recipe", "ade20k_smoke", "--json",
                   "--data", parts["ade20k_same"], *sets(**{**OVERFIT, **more}))  # fmt: skip
     assert done.exit_code == 0, done.stderr
