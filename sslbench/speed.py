@@ -123,11 +123,11 @@ def _measured(target: Target, rates: _Rates, reference: Path | None) -> dict[str
     if target.figure == "of MAE's FLOP/s":
         row, mae = rates.between(target)
         row["measured"] = row["images_per_s"] * row["gflop_per_image"] / mae
-        return {k: row[k] for k in KEPT if k in row}
-    row = rates.of(target, target.method)
-    if target.figure == "images/s":
+    elif target.figure == "images/s":
+        row = rates.of(target, target.method)
         row["measured"] = row["images_per_s"]
     else:
+        row = rates.of(target, target.method)
         command = (
             f"env TIMM_FUSED_ATTN={int('spelt' not in target.figure)} {sys.executable} -m sslbench.reference "
             f"{reference} {target.arch} --batch-size {target.batch} --seconds {rates.seconds}"

@@ -231,4 +231,4 @@ def test_upernet_learns_four_images(parts, invoke):
     done = invoke("transfer", "ade20k", "untrained:vit_mini4", "--recipe", "ade20k_smoke", "--json",
                   "--data", parts["ade20k_same"], *sets(**{**OVERFIT, **more}))  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    assert last_json(done)["value"] > 30  # 43; one class everywhere gives under 10
+    assert last_json(done)["value"] > 30  # 43
