@@ -22,10 +22,11 @@ from torchvision.transforms.functional import InterpolationMode
 from sslbench.data import known_size, open_split
 from sslbench.data.check import check
 from sslbench.data.images import FolderImages, MemoryImages, PackedImages, subset
-from sslbench.data.loader import MicroBatches, decoded_crops, evaluation_batches, plain_crops
+from sslbench.data.loader import MicroBatches, decoded_crops, decoders, evaluation_batches, plain_crops
 from sslbench.errors import RunFailed, UserError
 from sslbench.evaluate.features import both_splits
 from sslbench.evaluate.run import scale_of
+from sslbench.provenance import cores
 from sslbench.recipe import choose, data_name
 
 
@@ -101,6 +102,11 @@ def test_order_is_a_function_of_seed_and_step_whatever_the_devices():
     _, all_of_it = batches(data, 398, 402, micro=5)
     assert all(a.equal(b) for a, b in zip(late, all_of_it[2:], strict=True))
     assert not batches(data, 0, 1, seed=1)[1][0].equal(batches(data, 0, 1)[1][0])
+
+
+def test_no_more_processes_decode_than_there_are_cores():
+    asked = [decoders(n, torch.device("cpu")) for n in (0, 1, 1000)]
+    assert [a["num_workers"] for a in asked] == [0, 1, cores()] and asked[0]["multiprocessing_context"] is None
 
 
 def test_crops_of_a_folder_are_the_same_with_and_without_workers(image_folder):
