@@ -125,7 +125,12 @@ def show_check(spec: str, console: Console) -> dict[str, Any]:
             console.print(f"  cannot be read: {path}", markup=False)
     if found["missing"]:
         console.print(f"enough to pre-train, not to evaluate: {found['missing']}", markup=False)
-    if not found["ok"]:
+    labels = found.get("labels", {"faults": [], "said": [], "missing": ""})
+    for said in (*labels["said"], *(f"`sslbench transfer` would refuse {fault}" for fault in labels["faults"])):
+        console.print(said, markup=False)
+    if labels["missing"]:
+        console.print(f"no labels for `sslbench transfer`: {labels['missing']}", markup=False)
+    if not found["ok"] and not labels["faults"]:
         console.print("more than 0.1 % of a split cannot be read: a run would stop. Replace or remove those files")
     return found
 

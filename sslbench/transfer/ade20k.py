@@ -10,9 +10,10 @@ import numpy as np
 from mmseg.datasets import ADE20KDataset
 from mmseg.evaluation import IoUMetric
 from mmseg.visualization import SegLocalVisualizer
-from PIL import Image
 
+from ..data.labelled import ADE20K_CLASSES, Labelled, accept, open_ade20k
 from ..errors import UserError
+from . import loading  # noqa: F401 - registers how a photograph is read
 from .backbone import backbone_config, pixels
 from .necks import norm_cfg
 from .protocol import Ade20k
@@ -21,9 +22,6 @@ from .runner import pictures, test
 
 SCOPE = "mmseg"
 OFFICIAL = {"train": 20_210, "val": 2_000}
-FOLDERS = {"train": "training", "val": "validation"}
-CLASSES = 150
-LOOKED_AT = 50  # label maps of a split whose values are checked before training
 
 
 def image_size(s: Ade20k) -> int:
@@ -35,49 +33,26 @@ def image_size(s: Ade20k) -> int:
 
 def open_data(root: Path, s: Ade20k) -> tuple[Split, Split]:
     """Train and val of ADEChallengeData2016's layout. UserError: what was expected, and what is there."""
-    root = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
-    found = {split: _check(root, folder) for split, folder in FOLDERS.items()}
-    official = {split: n for split, (n, _) in found.items()} == OFFICIAL
+    found = {split: open_ade20k(root, split) for split in OFFICIAL}
+    accept(*found.values())
+    official = {split: len(f.files) // 2 for split, f in found.items()} == OFFICIAL
     out = []
-    for split, folder in FOLDERS.items():
+    for split, labelled in found.items():
         dataset = ADE20KDataset(
-            data_root=str(root),
-            data_prefix={"img_path": f"images/{folder}", "seg_map_path": f"annotations/{folder}"},
-            pipeline=_train_pipeline(s) if split == "train" else _test_pipeline(s),
+            data_prefix={"img_path": str(labelled.images), "seg_map_path": str(labelled.source)},
+            pipeline=_train_pipeline(s, labelled) if split == "train" else _test_pipeline(s, labelled),
             test_mode=split == "val",
         )
-        out.append(Split("ade20k" if official else root.resolve().name, split, dataset, found[split][1]))
+        listing = "".join(f"{p.parent.name}/{p.name}\0{p.stat().st_size}\n" for p in labelled.files)
+        fingerprint = hashlib.sha256(listing.encode()).hexdigest()[:12]
+        name = "ade20k" if official else labelled.images.parents[1].resolve().name
+        out.append(Split(name, split, dataset, fingerprint, labelled.said))
     return out[0], out[1]
 
 
-def _check(root: Path, folder: str) -> tuple[int, str]:
-    """(images, fingerprint over names and sizes of images and label maps) of a split."""
-    images, labels = root / "images" / folder, root / "annotations" / folder
-    for place in (images, labels):
-        if not place.is_dir():
-            there = ", ".join(sorted(p.relative_to(root).as_posix() for p in root.glob("*")) or ["nothing"])
-            raise UserError(f"data {root}: expected the folder {place}, found {there}")
-    photographs, maps = sorted(images.glob("*.jpg")), sorted(labels.glob("*.png"))
-    if not photographs:
-        raise UserError(f"data {root}: expected {images}/*.jpg, found none")
-    if missing := sorted({p.stem for p in photographs} - {p.stem for p in maps}):
-        raise UserError(
-            f"{labels}: {len(missing)} of {len(photographs)} images have no label map: {missing[0]}.png, ..."
-        )
-    for path in maps[:: max(1, len(maps) // LOOKED_AT)]:
-        values = np.asarray(Image.open(path))
-        if values.ndim != 2 or values.max() > CLASSES:
-            what = f"{values.ndim} dimensions" if values.ndim != 2 else f"category {values.max()}"
-            raise UserError(
-                f"{path}: expected a map of ADE20K's categories, 0 (other) and 1 to {CLASSES}, found {what}"
-            )
-    listing = "".join(f"{p.parent.name}/{p.name}\0{p.stat().st_size}\n" for p in (*photographs, *maps))
-    return len(photographs), hashlib.sha256(listing.encode()).hexdigest()[:12]
-
-
-def _train_pipeline(s: Ade20k) -> list[dict[str, Any]]:
+def _train_pipeline(s: Ade20k, found: Labelled) -> list[dict[str, Any]]:
     return [
-        {"type": "LoadImageFromFile"},
+        {"type": "SslbenchLoadImage", "turned": found.turned},
         {"type": "LoadAnnotations", "reduce_zero_label": True},
         {"type": "RandomResize", "scale": (4 * s.crop, s.crop), "ratio_range": (0.5, 2.0), "keep_ratio": True},
         {"type": "RandomCrop", "crop_size": (s.crop, s.crop), "cat_max_ratio": 0.75},
@@ -87,9 +62,9 @@ def _train_pipeline(s: Ade20k) -> list[dict[str, Any]]:
     ]
 
 
-def _test_pipeline(s: Ade20k) -> list[dict[str, Any]]:
+def _test_pipeline(s: Ade20k, found: Labelled) -> list[dict[str, Any]]:
     return [
-        {"type": "LoadImageFromFile"},
+        {"type": "SslbenchLoadImage", "turned": found.turned},
         {"type": "Resize", "scale": (4 * s.crop, s.crop), "keep_ratio": True},
         {"type": "LoadAnnotations", "reduce_zero_label": True},
         {"type": "PackSegInputs"},
@@ -106,7 +81,7 @@ def model(s: Ade20k, subject: Any, machine: Any, synchronised: bool) -> dict[str
         raise UserError(f"science.crop={s.crop} is not a multiple of {2 * patch}, twice the patch of {subject.arch}")
     grid, norm = (s.crop // patch, s.crop // patch), norm_cfg("SyncBN", synchronised)
     head = {
-        "num_classes": CLASSES,
+        "num_classes": ADE20K_CLASSES,
         "dropout_ratio": 0.1,
         "norm_cfg": norm,
         "align_corners": False,

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 from mmdet.datasets import CocoDataset
+from mmdet.datasets.api_wrappers import COCO as Api
 from mmdet.evaluation import CocoMetric
 from mmdet.visualization import DetLocalVisualizer
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data.labelled import Labelled, accept, mend, open_coco, read_instances
 from ..errors import UserError
+from . import loading  # noqa: F401 - registers how a photograph is read
 from .backbone import backbone_config, pixels
 from .necks import norm_cfg
 from .protocol import Coco, Lsj, MultiScale
@@ -33,75 +35,54 @@ def image_size(s: Coco) -> int:
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
+class COCO(Api):
+    """pycocotools' index of an instance file, mended (`labelled.mend`). tree: its content, where it was read."""
+
+    def __init__(self, file: str, tree: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        if tree is None:
+            tree = read_instances(Path(file))
+            mend(tree)
+        self.dataset = tree
+        self.createIndex()
+        self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
+
+
+class Instances(CocoDataset):
+    """mmdet's data set over a file that was read, checked and mended."""
+
+    def __init__(self, found: Labelled, **more: Any) -> None:
+        self.tree = found.tree
+        super().__init__(ann_file=str(found.source), data_prefix={"img": str(found.images)}, **more)
+        del self.tree
+
+    def COCOAPI(self, file: str) -> COCO:  # mmdet's name for what it opens the file with
+        return COCO(file, self.tree)
+
+
 def open_data(root: Path, s: Coco) -> tuple[Split, Split]:
     """Train and val of COCO's layout. UserError: what was expected, and what is there."""
-    found = {split: _locate(root, split) for split in OFFICIAL}
-    sizes = {split: _check(*found[split]) for split in OFFICIAL}
-    name = "coco" if sizes == OFFICIAL else root.resolve().name
+    found = {split: open_coco(root, split) for split in OFFICIAL}
+    accept(*found.values())
+    name = "coco" if {split: len(f.files) for split, f in found.items()} == OFFICIAL else root.resolve().name
     out = []
-    for split, (file, images) in found.items():
-        dataset = CocoDataset(
-            ann_file=str(file),
-            data_prefix={"img": str(images)},
-            pipeline=_train_pipeline(s) if split == "train" else _test_pipeline(s),
+    for split, labelled in found.items():
+        dataset = Instances(
+            labelled,
+            pipeline=_train_pipeline(s, labelled) if split == "train" else _test_pipeline(s, labelled),
             filter_cfg={"filter_empty_gt": True, "min_size": 32} if split == "train" else None,
             test_mode=split == "val",
         )
-        with open(file, "rb") as f:
+        labelled.tree = {}
+        with open(labelled.source, "rb") as f:
             fingerprint = hashlib.file_digest(f, "sha256").hexdigest()[:12]
-        out.append(Split(name, split, dataset, fingerprint))
+        out.append(Split(name, split, dataset, fingerprint, labelled.said))
     if not len(out[0]):
-        raise UserError(f"{found['train'][0]} has no image with an object that is to be learnt")
+        raise UserError(f"{found['train'].source} has no image with an object that is to be learnt")
     return out[0], out[1]
 
 
-def _locate(root: Path, split: str) -> tuple[Path, Path]:
-    """(annotation file, image folder) of a split: `2017` in the names and `images/` above them may be left out."""
-    files = [root / "annotations" / f"instances_{split}{year}.json" for year in ("2017", "")]
-    folders = [root / f"{split}2017", root / "images" / f"{split}2017", root / "images" / split]
-    annotations = next((f for f in files if f.is_file()), None)
-    images = next((f for f in folders if f.is_dir()), None)
-    if annotations is None or images is None:
-        what = files[0] if annotations is None else folders[0]
-        raise UserError(f"data {root}: expected {what}{'' if annotations is None else '/*.jpg'}, found {_tree(root)}")
-    return annotations, images
-
-
-def _tree(root: Path) -> str:
-    names = sorted(
-        f"{p.relative_to(root)}{'/' if p.is_dir() else ''}" for g in ("*", "annotations/*") for p in root.glob(g)
-    )
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "an empty folder"
-
-
-def _check(annotations: Path, images: Path) -> int:
-    """The number of images; UserError where the file is not COCO's instances, or images are missing."""
-    try:
-        tree = json.loads(annotations.read_bytes())
-        categories = {c["name"] for c in tree["categories"]}
-        files = [i["file_name"] for i in tree["images"]]
-        assert isinstance(tree["annotations"], list)
-    except (ValueError, KeyError, TypeError, AssertionError) as e:
-        raise UserError(
-            f"{annotations} is not a COCO instance file: expected 'images', 'annotations' and 'categories' ({e!r})"
-        ) from None
-    wanted = set(CocoDataset.METAINFO["classes"])
-    if categories != wanted:
-        lacks, has = sorted(wanted - categories), sorted(categories - wanted)
-        raise UserError(
-            f"{annotations}: expected COCO's 80 categories, found {len(categories)}"
-            + (f"; it lacks {', '.join(lacks[:5])}" if lacks else "")
-            + (f"; it has {', '.join(has[:5])}" if has else "")
-        )
-    there = {p.name for p in images.iterdir()}
-    if missing := [f for f in files if f not in there]:
-        raise UserError(
-            f"{images}: {len(missing)} of the {len(files)} images of {annotations} are not there: {missing[0]}, ..."
-        )
-    return len(files)
-
-
-def _train_pipeline(s: Coco) -> list[dict[str, Any]]:
+def _train_pipeline(s: Coco, found: Labelled) -> list[dict[str, Any]]:
     if isinstance(s.input, Lsj):
         size = (s.input.size, s.input.size)
         resize = [
@@ -112,7 +93,7 @@ def _train_pipeline(s: Coco) -> list[dict[str, Any]]:
     else:
         resize = [_detr(s.input)]
     return [
-        {"type": "LoadImageFromFile"},
+        {"type": "SslbenchLoadImage", "turned": found.turned},
         {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
         {"type": "RandomFlip", "prob": 0.5},
         *resize,
@@ -131,10 +112,10 @@ def _detr(m: MultiScale) -> dict[str, Any]:
     return {"type": "RandomChoice", "transforms": [[plain], [sides(m.first, 7 * max(m.first)), crop, plain]]}
 
 
-def _test_pipeline(s: Coco) -> list[dict[str, Any]]:
+def _test_pipeline(s: Coco, found: Labelled) -> list[dict[str, Any]]:
     scale = (s.input.size, s.input.size) if isinstance(s.input, Lsj) else (s.input.long, max(s.input.short))
     return [
-        {"type": "LoadImageFromFile"},
+        {"type": "SslbenchLoadImage", "turned": found.turned},
         {"type": "Resize", "scale": scale, "keep_ratio": True},
         {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
         {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")},
@@ -257,11 +238,10 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
 def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """({metric: percent}, condition). Predictions go to `folder`/predictions.{bbox,segm}.json, in COCO's format."""
     dataset, prefix = job.val.dataset, str(folder / "predictions")
-    metric = CocoMetric(
-        ann_file=dataset.ann_file, metric=["bbox", "segm"], format_only=True, outfile_prefix=prefix, backend_args=None
-    )
-    test(job, net, folder, fabric, metric)
     truth = COCO(dataset.ann_file)
+    metric = CocoMetric(metric=["bbox", "segm"], format_only=True, outfile_prefix=prefix, backend_args=None)
+    metric._coco_api = truth  # whose categories are in the order of the class numbers
+    test(job, net, folder, fabric, metric)
     values: dict[str, float] = {}
     for kind, name in (("bbox", "bbox"), ("segm", "mask")):
         found = json.loads(Path(f"{prefix}.{kind}.json").read_text())

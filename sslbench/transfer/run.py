@@ -11,7 +11,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Split:
     split: str
     dataset: Any
     fingerprint: str
+    said: list[str] = field(default_factory=list)  # what was mended in it, or decided
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -162,7 +163,11 @@ def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console:
     if run is None:
         run = str(newest_run())
         console.print(f"the newest finished run: {run}")
-    job = TransferJob(recipe, open_subject(run, recipe.science.seed), root)
+    subject = open_subject(run, recipe.science.seed)
+    console.print(f"looking at every photograph and label of {root}", markup=False)
+    job = TransferJob(recipe, subject, root)
+    for said in (*job.train.said, *job.val.said):
+        console.print(said, markup=False)
     folder = home() / "runs" / job.folder_name
     console.print(f"{folder}: batch {job.batch()}, {job.total(job.batch_size)} iterations, {len(job.train)} images")
     with warnings.catch_warnings():

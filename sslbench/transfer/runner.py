@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
@@ -350,10 +349,11 @@ def test(job: Any, net: nn.Module, folder: Path, fabric: Any, metric: Any) -> di
 def pictures(job: Any, net: Any, folder: Path, visualizer: Any, **show: Any) -> None:
     """`folder`/pictures: of some validation images, ground truth left, predictions right."""
     visualizer.dataset_meta = job.val.dataset.metainfo
+    load = job.val.dataset.pipeline.transforms[0]
     count = min(job.machine.pictures, len(job.val))
     for index in np.linspace(0, len(job.val) - 1, count).astype(int).tolist():
         item = job.val.dataset[index]
         (sample,) = net.test_step({"inputs": [item["inputs"]], "data_samples": [item["data_samples"]]})
-        image = mmcv.imread(sample.img_path, channel_order="rgb")
-        out = folder / "pictures" / f"{Path(sample.img_path).stem}.png"
+        image = load.read(sample.img_path)[..., ::-1]
+        out = folder / "pictures" / f"{index}_{Path(sample.img_path).stem}.png"
         visualizer.add_datasample("val", image, sample.cpu(), out_file=str(out), **show)
