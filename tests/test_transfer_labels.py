@@ -167,7 +167,7 @@ def test_what_mmdet_and_pycocotools_would_misread_is_mended_and_said(coco):
     assert {COCO_CLASSES[label] for label in found} == {names[c] for c in known}
     for old in before["annotations"]:
         (new,) = [a for a in truth.dataset["annotations"] if a["bbox"] == old["bbox"]]
-        assert new["id"] > 0 and new["iscrowd"] == 0 and new["area"] == pytest.approx(old["area"], rel=0.01)
+        assert new["id"] > 0 and new["iscrowd"] == 0 and new["area"] == pytest.approx(old["area"], rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,14 @@ def layer_groups(
     layer_decay: float,
     prefix: str = "encoder.",
     decay_biases: bool = False,
+    plain: frozenset[nn.Parameter] = frozenset(),
 ) -> list[dict[str, Any]]:
     """Groups by layer and by decay or none, each with its `lr_scale` = layer_decay^(depth + 1 - layer).
 
     Layer 0: CLS, positions, patch embedding; block b of what lies under `prefix` is layer b + 1; all else, such as the
     head, is depth + 1, whose scale is 1. No weight decay on tensors of one dimension, CLS and positions (MAE
-    util/lr_decay.py). decay_biases: on biases too, but those of norms, as detectron2 has it.
+    util/lr_decay.py). decay_biases: on biases too, but those of norms, as detectron2 has it. plain: others that get
+    none.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     norms = {id(p) for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
@@ -49,7 +51,7 @@ def layer_groups(
         else:
             layer = int(rest.split(".")[0]) + 1 if inside and part == "blocks" else depth + 1
         long = p.ndim > 1 or (decay_biases and name.endswith(".bias") and id(p) not in norms)
-        decays = long and not (inside and part in ("cls_token", "pos_embed"))
+        decays = long and p not in plain and not (inside and part in ("cls_token", "pos_embed"))
         new = {
             "params": [],
             "weight_decay": weight_decay if decays else 0.0,

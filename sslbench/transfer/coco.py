@@ -106,10 +106,11 @@ def _detr(m: MultiScale) -> dict[str, Any]:
     def sides(short: list[int], long: int) -> dict[str, Any]:
         return {"type": "RandomChoiceResize", "scales": [(side, long) for side in short], "keep_ratio": True}
 
-    crop = {"type": "RandomCrop", "crop_type": "absolute_range", "crop_size": m.crop, "recompute_bbox": True,
+    crop = {"type": "RandomCrop", "crop_type": "absolute_range", "crop_size": m.crop,
+            "recompute_bbox": m.recompute_boxes,
             "allow_negative_crop": True}  # fmt: skip
     plain = sides(m.short, m.long)
-    return {"type": "RandomChoice", "transforms": [[plain], [sides(m.first, 7 * max(m.first)), crop, plain]]}
+    return {"type": "RandomChoice", "transforms": [[plain], [sides(m.first, m.long), crop, plain]]}
 
 
 def _test_pipeline(s: Coco, found: Labelled) -> list[dict[str, Any]]:
@@ -221,8 +222,8 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
             "rpn": {"assigner": assign(0.7, 0.3, 0.3, True), "sampler": sample(256, 0.5, False), "allowed_border": -1,
                     "pos_weight": -1, "debug": False},
             "rpn_proposal": {"nms_pre": 2000, "max_per_img": train, "nms": nms, "min_bbox_size": 0},
-            "rcnn": {"assigner": assign(0.5, 0.5, 0.5, False), "sampler": sample(s.rois, 0.25, True), "mask_size": 28,
-                     "pos_weight": -1, "debug": False},
+            "rcnn": {"assigner": assign(0.5, 0.5, 0.5, s.match_low_quality), "sampler": sample(s.rois, 0.25, True),
+                     "mask_size": 28, "pos_weight": -1, "debug": False},
         },
         "test_cfg": {
             "rpn": {"nms_pre": 1000, "max_per_img": test, "nms": nms, "min_bbox_size": 0},

@@ -46,6 +46,8 @@ class Optim(Strict):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(ge=0)  # not on norms, positions, CLS and other tensors of one dimension
     decay_biases: bool = False  # weight decay on biases too, but those of norms
+    # Weight decay on tables of relative positions. True, as it was before it was a key, is not part of the hash.
+    decay_relative: bool = Field(True, exclude_if=lambda decays: decays)
     layer_decay: float = Field(1.0, gt=0, le=1)  # 1: one lr for all layers
     warmup: int = Field(ge=0)  # iterations
     warmup_factor: float = Field(0.001, gt=0, le=1)  # of lr, where the linear warm-up starts
@@ -79,13 +81,14 @@ class Lsj(Strict):
 
 
 class MultiScale(Strict):
-    """A random short side, or, half of the time, a resize, a random crop and then that (DETR)."""
+    """A random short side, or, half of the time, a resize, a random crop and then that (DETR); never longer than `long`."""
 
     kind: Literal["multiscale"]
     short: list[int] = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
     long: int = 1333
     first: list[int] = [400, 500, 600]  # short sides before the crop
     crop: tuple[int, int] = (384, 600)  # least and largest side of it
+    recompute_boxes: bool = False  # a box that was cropped shrinks to what is left of its mask; False: it is only cut
 
 
 class Coco(Schedule):
@@ -101,6 +104,9 @@ class Coco(Schedule):
     mask_norm: Literal["LN", "SyncBN"] | None = "LN"
     box_loss: Literal["l1", "giou"] = "l1"  # giou: on decoded boxes, weight 10
     proposals: tuple[int, int] = (1000, 1000)  # that leave the RPN in training and test
+    # The proposal that overlaps an object most is that object's, though it may overlap another one more. False, as it
+    # was before it was a key, is not part of the hash.
+    match_low_quality: bool = Field(False, exclude_if=lambda matches: not matches)
     rois: int = Field(512, gt=0)  # of them and the ground truth, drawn for the heads to learn from in each image
     width: int = Field(256, gt=0)  # channels of pyramid and heads
 

@@ -31,6 +31,7 @@ from ..train.meter import Metrics, Running, Stopwatch, note, progress_bar
 from ..train.optim import layer_groups
 from ..train.run import Run
 from ..train.state import newest_checkpoint, save_checkpoint, sha256_file
+from .backbone import Decomposed, Table
 from .protocol import Optim
 
 CPU_ATTENTION = {  # which torch's counter knows on GPUs only
@@ -103,7 +104,9 @@ class LayerDecay:
     def __call__(self, model: nn.Module) -> OptimWrapper:
         o: Optim = self.optim
         model = getattr(model, "module", model)
-        groups = layer_groups(model, self.depth, o.weight_decay, o.layer_decay, "backbone.", o.decay_biases)
+        tables = [] if o.decay_relative else [m for m in model.modules() if isinstance(m, Table | Decomposed)]
+        plain = frozenset(p for m in tables for p in m.parameters())
+        groups = layer_groups(model, self.depth, o.weight_decay, o.layer_decay, "backbone.", o.decay_biases, plain)
         for group in groups:
             group["lr"] = o.lr * group["lr_scale"]
         optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, fused=True)
