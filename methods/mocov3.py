@@ -5,7 +5,8 @@ views, each a cross-entropy over the keys of the whole batch, times 2 tau (Algor
 but for names; one preset, `paper`.
 
 What differs from the released code, for a shared ViT and trainer: positions and initialisation are MAE's (the code
-lays its position table out transposed, and initialises q, k and v apart); biases and norms get no weight decay.
+lays its position table out transposed, and initialises q, k and v apart); biases and norms get no weight decay. Crops
+are bilinear, as the code's are, in the recipes for ImageNet; the suite's own comparisons crop all methods bicubic.
 """
 
 from __future__ import annotations

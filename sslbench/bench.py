@@ -153,6 +153,7 @@ def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
     loader = MicroBatches(
         data, seed=0, micro=s.batch_size, world=1, accumulation=1, rank=0, device=fabric.device,
         crops=step_module.method.crops, image_size=s.data.image_size or 0, crop_scale=s.augment.crop_scale, workers=0,
+        interpolation=s.augment.interpolation,
     )  # fmt: skip
     generator = torch.Generator(fabric.device).manual_seed(0)
     before = matmul_peak(fabric.device, dtype)

@@ -25,6 +25,8 @@ class Augment(Strict):
     """How a crop of an image becomes a view. Defaults: MAE's pre-training (crop (.2, 1), flip, ImageNet statistics)."""
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
+    # Of crops. The default is not part of the hash: it was the rule before it was a key.
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", exclude_if=lambda kernel: kernel == "bicubic")
     flip: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

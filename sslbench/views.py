@@ -1,6 +1,6 @@
 """Batched views of uint8 images, on the device that holds them. Every draw comes from the generator given.
 
-Cropping is two small matrix products an image, whose weights are PIL's antialiased bicubic kernel: a crop equals
+Cropping is two small matrix products an image, whose weights are PIL's antialiased kernels: a crop equals
 torchvision's `resized_crop` on PIL images to the rounding, on any device, for a whole batch at once.
 """
 
@@ -67,10 +67,23 @@ def _bicubic(x: Tensor) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
+def _bilinear(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp_min(0)
+
+
+KERNELS = {"bicubic": _bicubic, "bilinear": _bilinear}
+
+
 def resize_weights(
-    start: Tensor, length: Tensor, n: int, out: int, flip: Tensor | None = None, beyond: bool = False
+    start: Tensor,
+    length: Tensor,
+    n: int,
+    out: int,
+    flip: Tensor | None = None,
+    beyond: bool = False,
+    interpolation: str = "bicubic",
 ) -> Tensor:
-    """(B, out, n): rows that resample [start, start + length) of an axis of n pixels to `out`, antialiased bicubic.
+    """(B, out, n): rows that resample [start, start + length) of an axis of n pixels to `out`, antialiased.
 
     flip (B,) bool: those images get their outputs in reverse, a mirror for free. beyond: the kernel may look at pixels
     outside the interval, as when an image is resized first and cropped after.
@@ -82,7 +95,7 @@ def resize_weights(
         index = torch.where(flip[:, None], out - 1 - index, index)
     centre = start[:, None] + (index + 0.5) * step
     source = torch.arange(n, device=start.device, dtype=torch.float32) + 0.5
-    weights = _bicubic((source - centre[..., None]) / width[..., None])
+    weights = KERNELS[interpolation]((source - centre[..., None]) / width[..., None])
     if not beyond:
         weights = weights * ((source >= start[:, None, None]) & (source < (start + length)[:, None, None]))
     return weights / weights.sum(-1, keepdim=True)
@@ -107,6 +120,7 @@ def random_resized_crop(
     generator: torch.Generator,
     view: int = 0,
     tries: int = 10,
+    interpolation: str = "bicubic",
 ) -> Tensor:
     """One random crop of each image, mirrored half the time where `flip`: float (B, C, size, size) in 0..255.
 
@@ -123,8 +137,8 @@ def random_resized_crop(
         return crops
     h, w = images.shape[-2:]
     top, left, height, width = crop_boxes(batch, (h, w), scale, generator, tries)
-    rows = resize_weights(top, height, h, size)
-    columns = resize_weights(left, width, w, size, mirrored)
+    rows = resize_weights(top, height, h, size, interpolation=interpolation)
+    columns = resize_weights(left, width, w, size, mirrored, interpolation=interpolation)
     return resample(images, rows.to(images.device), columns.to(images.device))
 
 
@@ -180,7 +194,8 @@ def one_view(
     images: Tensor, size: int, augment: Augment, generator: torch.Generator, view: int = 0, tries: int = 10
 ) -> Tensor:
     """What a masked-image method sees: one random crop of each image, mirrored at times, normalised."""
-    crops = random_resized_crop(images, size, augment.crop_scale, augment.flip, generator, view, tries)
+    law = (augment.crop_scale, augment.flip, generator, view, tries, augment.interpolation)
+    crops = random_resized_crop(images, size, *law)
     return normalise(crops, augment.mean, augment.std)
 
 
@@ -204,7 +219,9 @@ def two_views(
     """Two normalised views (B, 3, size, size) of each image: crop and flip, jitter, grey, blur, solarise, by chance."""
     views = []
     for view in (0, 1):
-        x = random_resized_crop(images, size, augment.crop_scale, augment.flip, generator, view)
+        x = random_resized_crop(
+            images, size, augment.crop_scale, augment.flip, generator, view, interpolation=augment.interpolation
+        )
         x = distort(x, law, view, generator)
         views.append(normalise(x, augment.mean, augment.std))
     return views[0], views[1]

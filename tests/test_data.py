@@ -318,14 +318,15 @@ def test_evaluation_views_of_photographs_are_torchvisions_pixel_for_pixel(photog
         assert got.equal(expected_views(data, [short], size))
 
 
+@pytest.mark.parametrize("kernel", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [200, 64, 24])  # decoded whole, at a half, at up to a quarter
-def test_crops_for_training_are_pils_within_a_tolerance(photographs, size):
+def test_crops_for_training_are_pils_within_a_tolerance(photographs, size, kernel):
     data, differ = open_split(photographs, "train"), []
     for i in range(len(data)):
         width, height = data.read(i).size
         for box in ((0, 0, height, width), (3, 5, 140, 151), (40, 10, 129, 170)):
             quick, plain = (
-                data.use(i, lambda x, f=f, box=box: f(x, [box], size)[0]) for f in (decoded_crops, plain_crops)
+                data.use(i, lambda x, f=f, box=box: f(x, [box], size, kernel)[0]) for f in (decoded_crops, plain_crops)
             )
             differ.append((quick.int() - plain.int()).abs().float())
     mean, worst = torch.stack(differ).mean(), torch.stack(differ).flatten().quantile(0.999)

@@ -40,16 +40,18 @@ def photographs(n=8, size=64):
     return x.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, size, size).contiguous()
 
 
-def test_a_crop_is_torchvisions_resized_crop_to_the_rounding():
+@pytest.mark.parametrize("kernel", ["bicubic", "bilinear"])
+def test_a_crop_is_torchvisions_resized_crop_to_the_rounding(kernel):
     images = photographs()
     boxes = [(0, 0, 64, 64), (5, 7, 20, 30), (30, 1, 33, 60), (10, 10, 8, 8), (1, 40, 50, 24), (0, 0, 63, 64),
              (32, 32, 32, 32), (3, 3, 57, 41)]  # fmt: skip
     top, left, h, w = (torch.tensor(column).float() for column in zip(*boxes, strict=True))
     flip = torch.arange(8) % 2 == 1
-    got = resample(images, resize_weights(top, h, 64, 24), resize_weights(left, w, 64, 24, flip))
+    rows = resize_weights(top, h, 64, 24, interpolation=kernel)
+    got = resample(images, rows, resize_weights(left, w, 64, 24, flip, interpolation=kernel))
     for i, (y, x, bh, bw) in enumerate(boxes):
         picture = Image.fromarray(images[i].permute(1, 2, 0).numpy())
-        cut = tv.resized_crop(picture, y, x, bh, bw, [24, 24], InterpolationMode.BICUBIC)
+        cut = tv.resized_crop(picture, y, x, bh, bw, [24, 24], InterpolationMode(kernel))
         expected = tv.pil_to_tensor(tv.hflip(cut) if flip[i] else cut).float()
         assert (got[i] - expected).abs().max() <= 1, i
 

@@ -70,6 +70,7 @@ class MicroBatches:
         crop_scale: tuple[float, float],
         workers: int,
         crop_tries: int = 10,
+        interpolation: str = "bicubic",
         distort: Callable[[Image.Image], Image.Image] | None = None,
         labelled: bool = False,
     ) -> None:
@@ -79,7 +80,7 @@ class MicroBatches:
         self.distort, self.labelled = distort, labelled
         self.micro, self.world, self.accumulation = micro, world, accumulation
         self.steps_per_epoch = len(data) // (micro * world * accumulation)
-        self.crop = (crops, image_size, crop_scale, crop_tries)
+        self.crop = (crops, image_size, crop_scale, crop_tries, interpolation)
         self.workers = workers
         self.corrupt: set[int] = set()  # indices of files that could not be read
         self.wait_s = 0.0  # host time spent waiting for data
@@ -156,10 +157,11 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
         size: int,
         scale: tuple[float, float],
         tries: int,
+        interpolation: str,
         distort: Callable[[Image.Image], Image.Image] | None = None,
     ) -> None:
         self.data, self.seed, self.crops, self.size, self.scale = data, seed, crops, size, scale
-        self.tries, self.distort = tries, distort
+        self.tries, self.interpolation, self.distort = tries, interpolation, distort
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int, list[int]]]:
         """What the loader asks for: a batch. Of a packed set all boxes at once, which saves a quarter of its time."""
@@ -171,7 +173,7 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
         items = []
         for (epoch, index), of_image in zip(keys, boxes.tolist(), strict=True):
             image = torch.from_numpy(self.data.pixels(index))
-            views = [resized_crop(image, box, self.size) for box in of_image]
+            views = [resized_crop(image, box, self.size, self.interpolation) for box in of_image]
             items.append(self._finish(views, epoch, index, index, []))
         return items
 
@@ -186,7 +188,7 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
 
     def _crops(self, image: Image.Image, epoch: int, index: int) -> list[Tensor]:
         boxes = torch.stack(place_boxes(self._draw(epoch, index), image.height, image.width, self.scale), 1).long()
-        return decoded_crops(image, boxes.tolist(), self.size)
+        return decoded_crops(image, boxes.tolist(), self.size, self.interpolation)
 
     def _finish(
         self, views: list[Tensor], epoch: int, index: int, found: int, corrupt: list[int]
@@ -199,18 +201,18 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
         return torch.stack(views), label, corrupt
 
 
-def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
+def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bicubic") -> Tensor:
     """The box of an image uint8 (H, W, 3), resized to (3, size, size).
 
-    PIL's antialiased bicubic filter in a third of PIL's time. Where PIL shrinks rows first and torch columns, the
+    PIL's antialiased filter in a third of PIL's time. Where PIL shrinks rows first and torch columns, the
     rounding in between moves a quarter of the pixels by a level of 255, hardly any by 8.
     """
     top, left, h, w = box
     part = image[top : top + h, left : left + w].permute(2, 0, 1)[None]
-    return F.interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
+    return F.interpolate(part, (size, size), mode=interpolation, antialias=True)[0]
 
 
-def decoded_crops(image: Image.Image, boxes: list[Box], size: int) -> list[Tensor]:
+def decoded_crops(image: Image.Image, boxes: list[Box], size: int, interpolation: str = "bicubic") -> list[Tensor]:
     """The boxes of an image that is opened and not yet decoded, each resized to (3, size, size). For training only.
 
     A JPEG is decoded at a half, a quarter or an eighth of its size where every box still has `size` pixels a side then:
@@ -224,15 +226,17 @@ def decoded_crops(image: Image.Image, boxes: list[Box], size: int) -> list[Tenso
     picture = image.convert("RGB")
     if shrunk == 1:
         pixels = torch.from_numpy(np.array(picture))
-        return [resized_crop(pixels, box, size) for box in boxes]
+        return [resized_crop(pixels, box, size, interpolation) for box in boxes]
     parts = [(left / shrunk, top / shrunk, (left + w) / shrunk, (top + h) / shrunk) for top, left, h, w in boxes]
-    return [to_tensor(picture.resize((size, size), Image.Resampling.BICUBIC, part)) for part in parts]
+    kernel = Image.Resampling[interpolation.upper()]
+    return [to_tensor(picture.resize((size, size), kernel, part)) for part in parts]
 
 
-def plain_crops(image: Image.Image, boxes: list[Box], size: int) -> list[Tensor]:
+def plain_crops(image: Image.Image, boxes: list[Box], size: int, interpolation: str = "bicubic") -> list[Tensor]:
     """What `decoded_crops` does quickly."""
     parts = [image.convert("RGB").crop((left, top, left + w, top + h)) for top, left, h, w in boxes]
-    return [to_tensor(part.resize((size, size), Image.Resampling.BICUBIC)) for part in parts]
+    kernel = Image.Resampling[interpolation.upper()]
+    return [to_tensor(part.resize((size, size), kernel)) for part in parts]
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ class Job:
     distort: Callable[[Image], Image] | None = None  # of PIL crops
     labelled = False  # whether a batch is (images, labels)
     crop_tries = 10  # see views.crop_boxes
+    interpolation = "bicubic"  # of crops
 
     def __init__(self, recipe: Recipe) -> None:
         s = recipe.science
@@ -36,6 +37,7 @@ class Job:
         self.machine, self.optim, self.spec = recipe.machine, s.optim, s.data.spec
         self.seed, self.epochs, self.batch_size = s.seed, s.epochs, s.batch_size
         self.image_size, self.crop_scale = s.data.image_size or 0, s.augment.crop_scale
+        self.interpolation = s.augment.interpolation
         # A run folder belongs to one of these.
         self.identity = {"arch": s.arch, "recipe_hash": recipe.hash(), "seed": s.seed}
 

@@ -103,14 +103,12 @@ def _train_pipeline(s: Coco, found: Labelled) -> list[dict[str, Any]]:
 
 
 def _detr(m: MultiScale) -> dict[str, Any]:
-    def sides(short: list[int], long: int) -> dict[str, Any]:
-        return {"type": "RandomChoiceResize", "scales": [(side, long) for side in short], "keep_ratio": True}
+    def sides(short: list[int]) -> dict[str, Any]:
+        return {"type": "RandomChoiceResize", "scales": [(side, m.long) for side in short], "keep_ratio": True}
 
     crop = {"type": "RandomCrop", "crop_type": "absolute_range", "crop_size": m.crop,
-            "recompute_bbox": m.recompute_boxes,
-            "allow_negative_crop": True}  # fmt: skip
-    plain = sides(m.short, m.long)
-    return {"type": "RandomChoice", "transforms": [[plain], [sides(m.first, m.long), crop, plain]]}
+            "recompute_bbox": m.recompute_boxes, "allow_negative_crop": True}  # fmt: skip
+    return {"type": "RandomChoice", "transforms": [[sides(m.short)], [sides(m.first), crop, sides(m.short)]]}
 
 
 def _test_pipeline(s: Coco, found: Labelled) -> list[dict[str, Any]]:

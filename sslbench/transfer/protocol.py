@@ -81,7 +81,7 @@ class Lsj(Strict):
 
 
 class MultiScale(Strict):
-    """A random short side, or, half of the time, a resize, a random crop and then that (DETR); never longer than `long`."""
+    """A random short side, or, half of the time, a resize, a random crop and then that (DETR); no side over `long`."""
 
     kind: Literal["multiscale"]
     short: list[int] = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
