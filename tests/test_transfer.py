@@ -39,7 +39,15 @@ def last_json(done):
 
 @pytest.mark.parametrize(
     "recipe",
-    ["coco_smoke", "coco_ocl_smoke", "coco_asl_smoke", "coco_ccmim_smoke", "ade20k_smoke", "ade20k_ccmim_smoke"],
+    [
+        "coco_smoke",
+        "coco_ocl_smoke",
+        "coco_asl_smoke",
+        "coco_ccmim_smoke",
+        "ade20k_smoke",
+        "ade20k_ocl_smoke",
+        "ade20k_ccmim_smoke",
+    ],
 )
 def test_every_protocol_trains_two_iterations_and_is_scored(recipe, parts, invoke, tmp_path):
     kind = recipe.split("_")[0]

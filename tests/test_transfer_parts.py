@@ -1,6 +1,7 @@
 """The parts that `sslbench transfer` is built of: operators, backbone, necks, layer decay, schedule, recipes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslbench.errors import UserError
-from sslbench.recipe import recipe_files
-from sslbench.transfer.protocol import Encoder, transfer_recipe
+from sslbench.recipe import digest, recipe_files
+from sslbench.transfer.protocol import Encoder, TransferMachine, transfer_recipe
 from sslbench.transfer.run import require
 from sslbench.vit import Arch, VisionTransformer, initialise, resample_positions
 
@@ -267,6 +268,54 @@ def test_layer_decay_has_vitdets_scales_and_no_weight_decay_on_norms_and_positio
     assert decay(b.pos_embed) == decay(b.blocks[3].norm1.weight) == decay(b.blocks[3].norm1.bias) == 0
     assert decay(model.head[1].weight) == decay(model.head[1].bias) == 0
     assert decay(b.blocks[3].attn.qkv.bias) == decay(model.head[0].bias) == decay(model.head[0].weight) == 0.1
+
+
+def test_the_tables_that_blocks_share_have_no_weight_decay_in_mimdets_protocol_and_are_as_others_elsewhere():
+    model = nn.Module()
+    model.backbone = backbone(relative_positions="shared", window=2)
+    tables = {id(t.table) for t in model.backbone.shared.values()}
+    assert len(tables) == 2
+    for name, expected in (("coco_asl", {0.0}), ("coco_vitdet", {0.1})):
+        optim = transfer_recipe("coco", name).science.optim
+        wrapper = LayerDecay({"type": "OptimWrapper"}, {"depth": 12, "optim": optim})(model)
+        groups = wrapper.optimizer.param_groups
+        assert {g["weight_decay"] for g in groups for p in g["params"] if id(p) in tables} == expected
+        assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def test_caes_crops_and_matches_are_its_codes_and_vitdets_are_not():
+    from sslbench.data.labelled import Labelled
+    from sslbench.transfer import coco
+
+    cae, vitdet = (transfer_recipe("coco", name).science for name in ("coco_ccmim", "coco_vitdet"))
+    found = Labelled(Path(), Path(), [])
+    (plain,), (first, crop, again) = coco._train_pipeline(cae, found)[3]["transforms"]
+    assert first["scales"] == [(400, 1333), (500, 1333), (600, 1333)] and plain == again
+    assert {long for _, long in plain["scales"]} == {1333} and crop["recompute_bbox"] is False
+    assert next(t for t in coco._train_pipeline(vitdet, found) if t["type"] == "RandomCrop")["recompute_bbox"] is True
+    subject = SimpleNamespace(encoder=encoder(), arch="small", mean=(0.5,) * 3, std=(0.5,) * 3)
+    for s, expected in ((cae, True), (vitdet, False)):
+        config = coco.model(s, subject, TransferMachine(), synchronised=False)["train_cfg"]
+        assert config["rpn"]["assigner"]["match_low_quality"] is True
+        assert config["rcnn"]["assigner"]["match_low_quality"] is expected
+
+
+def test_ocls_segmentation_has_windows_of_16_and_four_global_blocks():
+    s = transfer_recipe("ade20k", "ade20k_ocl").science
+    windows = vit.Backbone(encoder(), s.encoder, (32, 32)).windows
+    assert [i for i, w in enumerate(windows) if w is None] == [2, 5, 8, 11] and set(windows) == {16, None}
+    plain = transfer_recipe("ade20k", "ade20k_mae").science
+    assert s.model_copy(update={"encoder": plain.encoder}) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "hash"),
+    [("coco_vitdet", "e49ee28029f5"), ("coco_ocl", "1120566dacaf"), ("ade20k_mae", "51faed0862f4"),
+     ("ade20k_ccmim", "b92ffaec67aa"), ("coco_smoke", "c55baefa17bf")],
+)  # fmt: skip
+def test_keys_that_came_later_leave_the_hash_of_other_protocols_alone(name, hash):
+    science = transfer_recipe(name.split("_")[0], name).science.model_dump(mode="json")
+    assert digest({k: v for k, v in science.items() if k != "seed"}) == hash
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import InterpolationMode
 
 from sslbench.data import open_split
-from sslbench.recipe import Augment
+from sslbench.recipe import Augment, find_recipe, read_tree, resolve
+from sslbench.train.job import Job
 from sslbench.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -25,6 +26,7 @@ from sslbench.views import (
     jitter,
     luma,
     normalise,
+    one_view,
     random_resized_crop,
     resample,
     resize_centre,
@@ -54,6 +56,15 @@ def test_a_crop_is_torchvisions_resized_crop_to_the_rounding(kernel):
         cut = tv.resized_crop(picture, y, x, bh, bw, [24, 24], InterpolationMode(kernel))
         expected = tv.pil_to_tensor(tv.hflip(cut) if flip[i] else cut).float()
         assert (got[i] - expected).abs().max() <= 1, i
+
+
+def test_a_recipes_interpolation_is_that_of_its_views_wherever_they_are_cut():
+    images = photographs()
+    cut = [one_view(images, 24, Augment(interpolation=kernel), torch.Generator().manual_seed(0))
+           for kernel in ("bicubic", "bilinear")]  # fmt: skip
+    assert 0.01 < (cut[0] - cut[1]).abs().mean() < 0.5
+    recipe = resolve(read_tree(find_recipe("mocov3/vit_b16_imagenet")), "mocov3/vit_b16_imagenet")
+    assert recipe.science.augment.interpolation == Job(recipe).interpolation == "bilinear"
 
 
 @given(st.integers(4, 300), st.integers(4, 300), st.integers(0, 2**31))

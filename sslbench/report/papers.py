@@ -237,7 +237,8 @@ def protocol_of(line: Any) -> tuple[str, str] | None:
         size = {"vit_l16": "_l", "vit_s16": "_s"}.get(line["arch"], "")
         return "transfer coco", f"coco_{'ocl' if paper == 'micl' else paper}{size}"
     if metric in ("miou", "aacc", "macc"):
-        return "transfer ade20k", "ade20k_ccmim" if paper == "ccmim" else f"ade20k_mae{'_l' if large else ''}"
+        own = "ade20k_ocl" if paper in ("ocl", "micl") else "ade20k_mae"
+        return "transfer ade20k", "ade20k_ccmim" if paper == "ccmim" else f"{own}{'_l' if large else ''}"
     return ("eval robustness", "robustness") if metric == "top1" and "imagenet_" in line["dataset"] else None
 
 
