@@ -76,6 +76,7 @@ COCO_FAULTS = {
     "no photograph": (lambda r: first(r).unlink(), "1 of the 3 images are not there"),
     "no picture": (lambda r: first(r).write_text("<html>"), "cannot be read.*cannot identify"),
     "one id for all": (lambda r: edit(r, every_annotation(id=1)), r"an annotation id that several .*\(1\)"),
+    "an id that is a list": (lambda r: edit(r, every_annotation(image_id=[1])), "every id is to be a number"),
     "an image twice": (lambda r: edit(r, lambda t: t["images"].append(t["images"][0])), "an image id that several"),
     "a file twice": (
         lambda r: edit(r, lambda t: t["images"].append({**t["images"][0], "id": 7})),

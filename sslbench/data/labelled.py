@@ -97,7 +97,10 @@ def open_coco(root: Path, split: str) -> Labelled:
     source, images = locate(root, split)
     tree = read_instances(source)
     found = Labelled(source, images, [], tree)
-    wrong = _faults(tree, split)
+    try:
+        wrong = _faults(tree, split)
+    except TypeError as e:  # a list or a mapping
+        raise UserError(f"{source}: every id is to be a number, and one is not ({e})") from None
     if not wrong:
         found.files = [images / i["file_name"] for i in tree["images"]]
         wrong = _compare(tree, found)
@@ -210,7 +213,7 @@ def _mask_problem(mask: Any, size: list[int]) -> str:
         whole = isinstance(counts, list) and _numbers(counts) and sum(counts) == size[0] * size[1]
         return "" if whole or (isinstance(counts, str) and counts) else "masks whose run lengths do not fill the image"
     if not mask:
-        return "objects without a mask ('segmentation'), from which Mask R-CNN could not learn"
+        return "objects without a mask ('segmentation'), which Mask R-CNN learns and is scored by"
     if not isinstance(mask, list) or not all(_numbers(p) and len(p) >= 6 and len(p) % 2 == 0 for p in mask):
         return "masks that are not polygons [x1, y1, x2, y2, x3, y3, ...] of three corners or more"
     return ""

@@ -28,8 +28,9 @@ WORTH_KEEPING = 5.0  # seconds that a look took
 def examine(name: str, files: list[Path], look: Callable[[Path], Facts]) -> list[Facts | str]:
     """`look` at each file, in threads: its facts, or what is wrong with it.
 
-    A long look is kept in runs/.checked by the files' paths, sizes and times, where nothing was wrong. COCO's 118,287
-    photographs take about 3 ms of a core each, then only the time to ask for their sizes.
+    A long look is kept in runs/.checked by the files' paths, sizes and times, where nothing was wrong. A photograph of
+    640 pixels takes 0.8 ms of a core (AMD EPYC), COCO's 118,287 a minute and a half of one; later only their
+    sizes and times are asked for.
     """
     stamp = hashlib.sha256(name.encode())
     for file in files:

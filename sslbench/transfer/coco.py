@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO as Api
 from mmdet.evaluation import CocoMetric
@@ -245,21 +244,21 @@ def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, floa
     for kind, name in (("bbox", "bbox"), ("segm", "mask")):
         found = json.loads(Path(f"{prefix}.{kind}.json").read_text())
         stats = _average_precision(truth, found, kind)
-        values |= {f"{name}_{n}": 100 * max(0.0, float(x)) for n, x in zip(NAMES, stats, strict=False)}
+        values |= {f"{name}_{n}": 100 * max(0.0, x) for n, x in zip(NAMES, stats, strict=False)}
     return values, {"iterations": job.total(job.batch_size)}
 
 
-def _average_precision(truth: COCO, found: list[dict[str, Any]], kind: str) -> Any:
+def _average_precision(truth: COCO, found: list[dict[str, Any]], kind: str) -> list[float]:
     """pycocotools' stats: AP, AP50, AP75, ...; nothing found is 0."""
     if not found:
-        return np.zeros(12)
+        return [0.0] * 12
     if kind == "segm":  # areas are those of the masks
         found = [{k: v for k, v in f.items() if k != "bbox"} for f in found]
     evaluation = COCOeval(truth, truth.loadRes(found), kind)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    return evaluation.stats
+    return evaluation.stats.tolist()
 
 
 def draw(job: Any, net: Any, folder: Path) -> None:
