@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from .recipe import Augment, Strict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+VIEW = 2  # the version of evaluation's view, in the hash of every protocol that resizes or crops. 1: squashed small images
 
 
 def crop_boxes(
@@ -75,18 +79,11 @@ KERNELS = {"bicubic": _bicubic, "bilinear": _bilinear}
 
 
 def resize_weights(
-    start: Tensor,
-    length: Tensor,
-    n: int,
-    out: int,
-    flip: Tensor | None = None,
-    beyond: bool = False,
-    interpolation: str = "bicubic",
+    start: Tensor, length: Tensor, n: int, out: int, flip: Tensor | None = None, interpolation: str = "bicubic"
 ) -> Tensor:
     """(B, out, n): rows that resample [start, start + length) of an axis of n pixels to `out`, antialiased.
 
-    flip (B,) bool: those images get their outputs in reverse, a mirror for free. beyond: the kernel may look at pixels
-    outside the interval, as when an image is resized first and cropped after.
+    flip (B,) bool: those images get their outputs in reverse, a mirror for free.
     """
     step = (length / out)[:, None]  # source pixels an output pixel
     width = step.clamp_min(1.0)  # the kernel widens when shrinking: antialiasing
@@ -96,8 +93,7 @@ def resize_weights(
     centre = start[:, None] + (index + 0.5) * step
     source = torch.arange(n, device=start.device, dtype=torch.float32) + 0.5
     weights = KERNELS[interpolation]((source - centre[..., None]) / width[..., None])
-    if not beyond:
-        weights = weights * ((source >= start[:, None, None]) & (source < (start + length)[:, None, None]))
+    weights = weights * ((source >= start[:, None, None]) & (source < (start + length)[:, None, None]))
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -145,26 +141,35 @@ def random_resized_crop(
 def centre_window(size: tuple[int, int], crop: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) that an image of `size` is resized to, and (top, left) of the centre crop in it.
 
-    The short side becomes crop / 0.875 (224 -> 256); the long side truncates and the offset rounds, as in torchvision.
-    Images no larger than the view are enlarged whole: there is nothing to crop. CIFAR at its own size stays as it is.
+    MAE's rule (util/datasets.py), with torchvision's roundings: the short side becomes crop / 0.875 (224 -> 256), or
+    `crop` itself above 224 pixels; the long side truncates and the offset rounds. Where an image is the view already,
+    below 224 pixels, it stays as it is: sets of 32 and 64 pixels are evaluated whole, as they are trained on.
     """
-    if max(size) <= crop:
-        return (crop, crop), (0, 0)
-    short = int(crop / 0.875)
+    if size == (crop, crop) and crop < 224:
+        return size, (0, 0)
+    short = int(crop / 0.875) if crop <= 224 else crop
     h, w = (short if side == min(size) else int(short * side / min(size)) for side in size)
     return (h, w), (round((h - crop) / 2), round((w - crop) / 2))
 
 
+def centred(image: Image.Image, size: int) -> Image.Image:
+    """Evaluation's view of one RGB image, by PIL, so that it is torchvision's Resize and CenterCrop to the bit."""
+    (h, w), (top, left) = centre_window((image.height, image.width), size)
+    if image.size != (w, h):
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
+
+
 def resize_centre(images: Tensor, size: int) -> Tensor:
-    """Evaluation's view: uint8 (B, C, H, W) -> float (B, C, size, size), resized and cropped by `centre_window`."""
+    """Evaluation's view of images in memory: uint8 (B, 3, H, W) -> float (B, 3, size, size) in 0..255."""
     h, w = images.shape[-2:]
-    if (h, w) == (size, size):
-        return images.float()
-    (rh, rw), (top, left) = centre_window((h, w), size)
-    ones = torch.ones(len(images), device=images.device)
-    rows = resize_weights(top * h / rh * ones, size * h / rh * ones, h, size, beyond=True)
-    columns = resize_weights(left * w / rw * ones, size * w / rw * ones, w, size, beyond=True)
-    return resample(images, rows, columns)
+    resized, (top, left) = centre_window((h, w), size)
+    if resized == (h, w):
+        return images[:, :, top : top + size, left : left + size].float()
+    pictures = map(Image.fromarray, images.permute(0, 2, 3, 1).cpu().numpy())
+    with ThreadPoolExecutor() as pool:
+        views = [np.asarray(view) for view in pool.map(lambda picture: centred(picture, size), pictures)]
+    return torch.from_numpy(np.stack(views)).to(images.device).permute(0, 3, 1, 2).float()
 
 
 @functools.cache

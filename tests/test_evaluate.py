@@ -8,9 +8,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
 from sslbench.data import open_split
-from sslbench.evaluate.features import extract, open_subject
+from sslbench.data.images import MemoryImages
+from sslbench.evaluate.features import extract, open_subject, view_of
 from sslbench.evaluate.knn import knn_top1
 from sslbench.evaluate.linprobe import linear_top1
+from sslbench.evaluate.run import eval_recipe, evaluate
+from sslbench.views import VIEW
 
 PROBE = {
     "lrs": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
@@ -61,3 +64,13 @@ def test_the_learning_rate_is_chosen_without_a_look_at_val(features):
     _, b = linear_top1(x, labels, y, truth.roll(1), seed=0, **settings)
     assert a == b
     assert linear_top1(x, labels, y, truth, seed=0, **settings) == linear_top1(x, labels, y, truth, seed=0, **settings)
+
+
+def test_the_law_of_the_view_is_in_a_protocols_hash_where_images_are_resized(image_folder, few_images, home):
+    """Those of CIFAR's size at 32 pixels are seen as they are: the ledger's numbers of them keep their hash."""
+    at_32, at_24 = (evaluate(eval_recipe("knn"), f"untrained:vit_mini4@{n}", "builtin")[0] for n in (32, 24))
+    assert at_32.protocol.hash == "6ffc6d953bfc" != at_24.protocol.hash
+    files, memory = open_split(f"folder:{image_folder}", "val"), open_split("builtin", "val")
+    wide = MemoryImages("wide", "val", memory.images[:, :, :20], memory.labels, memory.classes)
+    assert view_of(32, files) == view_of(32, files, memory) == {}
+    assert view_of(24, files) == view_of(32, memory, wide) == view_of(224, memory) == {"view": VIEW}

@@ -15,12 +15,14 @@ from sslbench.recipe import digest
 from sslbench.report.missing import missing
 from sslbench.report.page import report, write_page
 from sslbench.report.papers import PAPERS, deviations, disagreements, protocol_of, read_paper, reported_beside_measured
+from sslbench.views import VIEW
 
 
 def protocol(recipe="linprobe_mae", pool="cls", *sets):
     """As `sslbench eval` writes it for a ViT of 224 pixels."""
     science = eval_recipe(recipe.split("_")[0], recipe, list(sets)).science.model_dump(mode="json")
-    return {"name": f"{recipe}_{pool}", "hash": digest({**science, "pool": pool, "image_size": [224, 224]})}
+    seen = {"pool": pool, "image_size": [224, 224], "view": VIEW}
+    return {"name": f"{recipe}_{pool}", "hash": digest({**science, **seen})}
 
 
 def at_paper_scale(value, metric="linprobe_top1", epochs=1600, method="mae", **over):

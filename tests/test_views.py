@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import ks_2samp, kstest, uniform
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import CenterCrop, Compose, RandomResizedCrop, Resize
 from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import InterpolationMode
 
@@ -112,25 +112,30 @@ def test_an_image_too_long_for_any_box_falls_back_to_the_centre():
     assert (bh == 10).all() and (bw == 13).all() and (top == 0).all() and (left == 493).all()
 
 
-@pytest.mark.parametrize(
-    ("size", "short", "view"),
-    [((300, 400), 256, 224), ((401, 300), 256, 224), ((500, 230), 256, 224), ((33, 32), 18, 16)],
-)
-def test_the_evaluation_view_of_images_in_memory_is_torchvisions_to_one_level(size, short, view):
-    picture = Image.fromarray(photographs()[0].permute(1, 2, 0).numpy())
-    image = tv.resize(picture, size, InterpolationMode.BICUBIC)
-    expected = tv.pil_to_tensor(tv.center_crop(tv.resize(image, [short], InterpolationMode.BICUBIC), [view])).float()
-    got = resize_centre(tv.pil_to_tensor(image)[None], view)[0]
-    assert (got - expected).abs().max() <= 1
+def maes_view(picture, size):
+    """MAE's util/datasets.py, in torchvision's words."""
+    resize = int(size / (224 / 256 if size <= 224 else 1.0))
+    return tv.pil_to_tensor(Compose([Resize(resize, InterpolationMode.BICUBIC), CenterCrop(size)])(picture)).float()
 
 
-def test_an_image_no_larger_than_the_view_is_seen_whole():
-    small = photographs()[:2, :, :50, :40]
-    expected = torch.stack([tv.pil_to_tensor(tv.resize(tv.to_pil_image(x), [64, 64], InterpolationMode.BICUBIC))
-                            for x in small]).float()  # fmt: skip
-    assert (resize_centre(small, 64) - expected).abs().max() <= 1
-    same = photographs(2, 64)
-    assert resize_centre(same, 64).equal(same.float())
+def test_the_evaluation_view_is_maes_at_two_hundred_sizes():
+    """Smaller than the view, larger, tall, wide; views of CIFAR's to ImageNet's size, at 224 pixels and beyond."""
+    draw, pictures = np.random.default_rng(0), photographs(40)
+    sizes = [*draw.integers(6, 400, (190, 2)).tolist(), [224, 224], [32, 20], [20, 32], [30, 30], [384, 384], [1, 50],
+             [224, 180], [100, 224], [256, 256], [500, 375]]  # fmt: skip
+    for i, (h, w) in enumerate(sizes):
+        picture = tv.to_pil_image(pictures[i % 40]).resize((w, h), Image.Resampling.BICUBIC)
+        size = (32, 64, 96, 224, 256, 384)[i % 6]
+        if i >= 190:
+            size = 384 if h == 384 else 224 if max(h, w) > 50 else 32
+        got = resize_centre(tv.pil_to_tensor(picture)[None], size)[0]
+        assert got.equal(maes_view(picture, size)), (h, w, size)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_small_image_that_is_the_view_already_is_seen_as_it_is(size):
+    same = photographs(2)[:, :, :size, :size]
+    assert resize_centre(same, size).equal(same.float())
 
 
 def test_views_are_a_function_of_the_generator():

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RunFailed
 from ..provenance import cores
-from ..views import centre_window, place_boxes, resize_centre
+from ..views import centre_window, centred, place_boxes, resize_centre
 from .images import ImageSet, MemoryImages, PackedImages
 
 T = TypeVar("T")
@@ -273,7 +273,7 @@ def _collate(items: list[tuple[Tensor, int, list[int]]]) -> tuple[Tensor, Tensor
 
 
 class _Centred(Dataset[tuple[Tensor, int, list[int]]]):
-    """index -> the evaluation view, uint8 (3, S, S), as MAE's: torchvision's Resize and CenterCrop of a PIL image."""
+    """index -> the evaluation view, uint8 (3, S, S), of `views.centred`."""
 
     def __init__(self, data: ImageSet, size: int) -> None:
         self.data, self.size = data, size
@@ -286,9 +286,20 @@ class _Centred(Dataset[tuple[Tensor, int, list[int]]]):
             image = self.data.use(index, lambda image: image.convert("RGB"))
         except OSError:  # black: an answer to it counts, and is hardly ever right
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, [index]
-        (h, w), (top, left) = centre_window((image.height, image.width), self.size)
-        image = image.resize((w, h), Image.Resampling.BICUBIC)
-        return to_tensor(image.crop((left, top, left + self.size, top + self.size))), -1, []
+        return to_tensor(centred(image, self.size)), -1, []
+
+
+def seen_whole(data: ImageSet, size: int) -> bool:
+    """Whether every image is the evaluation view already, pixel for pixel. The first that is not ends the search."""
+    if centre_window((size, size), size) != ((size, size), (0, 0)):
+        return False
+    if isinstance(data, MemoryImages):
+        return data.images.shape[2:] == (size, size)
+    for i in range(len(data)):
+        with contextlib.suppress(OSError):  # one that cannot be read has no size
+            if data.use(i, lambda image: image.size) != (size, size):
+                return False
+    return True
 
 
 def evaluation_sample(data: ImageSet, n: int, size: int) -> Tensor:
@@ -304,7 +315,7 @@ def evaluation_batches(data: ImageSet, size: int, batch: int, device: torch.devi
     """Every image once, in order: float (B, 3, size, size) in 0..255 on the device."""
     if isinstance(data, MemoryImages):
         for i in range(0, len(data), batch):
-            yield resize_centre(data.images[i : i + batch].to(device), size)
+            yield resize_centre(data.images[i : i + batch], size).to(device)
         return
     loader = DataLoader(
         _Centred(data, size),

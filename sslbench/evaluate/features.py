@@ -17,12 +17,12 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..data import ImageSet, open_split
-from ..data.loader import evaluation_batches, seed_of
+from ..data.loader import evaluation_batches, seed_of, seen_whole
 from ..errors import UserError
 from ..paths import home
 from ..train.run import read_run
 from ..train.state import sha256_file, write_atomically
-from ..views import normalise
+from ..views import VIEW, normalise
 from ..vit import VisionTransformer, get_arch, initialise, pool_tokens
 from . import public
 
@@ -223,7 +223,7 @@ def extract(
 ) -> dict[str, Tensor]:
     """{pool: features (N, D) float32 on the CPU} of every image, one pass for all pools; cached by weights and data."""
     size = subject.encoder.image[0]
-    name = f"{subject.sha256[:16]}_{data.fingerprint}_{data.split}_{size}.safetensors"
+    name = f"{subject.sha256[:16]}_{data.fingerprint}_{data.split}_{size}_view{VIEW}.safetensors"
     cache = home() / "runs" / ".features" / name
     if cache.is_file():
         with contextlib.suppress(SafetensorError):  # a broken one is made again
@@ -245,3 +245,11 @@ def both_splits(spec: str) -> tuple[ImageSet, ImageSet]:
     if train.labels is None or val.labels is None:
         raise UserError(f"data '{spec}' has no labels; an evaluation needs a folder a class, or `labels` in the npz")
     return train, val
+
+
+def view_of(size: int, *sets: ImageSet) -> dict[str, int]:
+    """What a protocol's hash says of the view: nothing where all images are seen as they are, else the view's version.
+
+    So CIFAR's numbers at 32 pixels keep their hash whatever becomes of the rule by which others are resized.
+    """
+    return {} if all(seen_whole(data, size) for data in sets) else {"view": VIEW}

@@ -158,8 +158,8 @@ class FinetuneJob(LabelledJob):
     kind = "finetune"
     metric = "finetune_top1"
 
-    def __init__(self, recipe: Any, subject: Subject, spec: str, train: ImageSet, pool: str, seed: int) -> None:
-        super().__init__(recipe, subject, spec, train, pool, seed)
+    def __init__(self, recipe: Any, subject: Subject, spec: str, train: ImageSet, *about: Any) -> None:
+        super().__init__(recipe, subject, spec, train, *about)
         s: Finetune = self.science
         self.distort = Distortion(s.auto_augment, subject.mean) if s.auto_augment else None
         self.augment = Augment(crop_scale=s.crop_scale, flip=s.flip, mean=subject.mean, std=subject.std)

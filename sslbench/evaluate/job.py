@@ -11,7 +11,7 @@ import torch
 from ..data import ImageSet
 from ..recipe import Batch, data_name, digest
 from ..train.job import Job
-from .features import Subject
+from .features import Subject, view_of
 
 
 class LabelledJob(Job):
@@ -21,7 +21,17 @@ class LabelledJob(Job):
     labelled = True
     metric: str
 
-    def __init__(self, recipe: Any, subject: Subject, spec: str, train: ImageSet, pool: str, seed: int) -> None:
+    def __init__(
+        self,
+        recipe: Any,
+        subject: Subject,
+        spec: str,
+        train: ImageSet,
+        pool: str,
+        seed: int,
+        val: ImageSet | None = None,
+    ) -> None:
+        """val: what will be scored; with train's, its images decide what the protocol's hash says of the view."""
         s = recipe.science
         self.recipe: Any = recipe
         self.science, self.subject, self.train, self.pool = s, subject, train, pool
@@ -30,7 +40,8 @@ class LabelledJob(Job):
         self.seed, self.epochs, self.batch_size = seed, s.epochs, s.batch_size
         self.image_size, self.crop_scale = s.image_size or subject.encoder.image[0], s.crop_scale
         size = [self.image_size, self.image_size]
-        science = {**s.model_dump(mode="json"), "pool": pool, "image_size": size}
+        view = view_of(self.image_size, *filter(None, (train, val)))
+        science = {**s.model_dump(mode="json"), "pool": pool, "image_size": size, **view}
         self.protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
         hash = digest([self.protocol["hash"], subject.sha256, data_name(spec), train.fingerprint])
         self.identity = {"arch": subject.arch, "recipe_hash": hash, "seed": seed}

@@ -126,10 +126,10 @@ class ProbeJob(LabelledJob):
     kind = "linprobe"
     metric = "linprobe_top1"
 
-    def __init__(self, recipe: Any, subject: Subject, spec: str, train: ImageSet, pool: str, seed: int) -> None:
-        super().__init__(recipe, subject, spec, train, pool, seed)
+    def __init__(self, recipe: Any, subject: Subject, spec: str, train: ImageSet, *about: Any) -> None:
+        super().__init__(recipe, subject, spec, train, *about)
         self.classes, self.crop_tries = train.classes, self.science.crop_tries
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of("held out", seed)))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of("held out", self.seed)))
         held = max(1, round(HELD_OUT * len(train))) if len(self.science.lr) > 1 else 0
         self.select = subset(train, order[:held]) if held else None
         self.train = subset(train, order[held:].sort().values) if held else train

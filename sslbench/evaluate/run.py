@@ -32,7 +32,7 @@ from ..train.launch import alone, launched
 from ..train.loop import fit
 from ..train.run import read_run
 from ..train.state import sha256_file, write_json
-from .features import Subject, both_splits, extract, find_weights, newest_run, open_subject
+from .features import Subject, both_splits, extract, find_weights, newest_run, open_subject, view_of
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
 from .job import LabelledJob
 from .knn import knn_top1
@@ -149,10 +149,11 @@ def evaluate(
             seed=seed,
         )
         values = [("linprobe_top1", top1, {"lr": lr})]
-    science = {**s.model_dump(mode="json"), "pool": pool, "image_size": list(subject.encoder.image)}
+    side = subject.encoder.image[0]
+    view = view_of(side, train, val)
+    science = {**s.model_dump(mode="json"), "pool": pool, "image_size": list(subject.encoder.image), **view}
     protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
     spent = {"wall_s": time.perf_counter() - began}
-    side = subject.encoder.image[0]
     return [
         to_ledger(subject.facts(), metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, spent, subject.run)
         for metric, v, c in values
@@ -174,7 +175,7 @@ def _train_and_score(recipe: EvalRecipe, run: str, data: str | None, seed: int |
     spec, train, val = _splits(subject, data)
     seed = subject.run.get("seed", 0) if seed is None else seed
     kind = FinetuneJob if isinstance(s, Finetune) else ProbeJob
-    job: LabelledJob = kind(recipe, subject, spec, train, s.pool or subject.pool, seed)  # type: ignore[union-attr]
+    job: LabelledJob = kind(recipe, subject, spec, train, s.pool or subject.pool, seed, val)  # type: ignore[union-attr]
     folder = home() / "runs" / job.folder_name
     fit(job, folder, console)
     if not alone():
@@ -215,10 +216,8 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
         answer = logits.argmax(1)
     top1 = 100 * int((answer == at[test.labels]).sum()) / len(test)
     size = model.encoder.image[0]
-    protocol = {
-        "name": recipe.name,
-        "hash": digest([s.model_dump(mode="json"), info.get("protocol", {}).get("hash"), size]),
-    }
+    science = [s.model_dump(mode="json"), info.get("protocol", {}).get("hash"), size, *view_of(size, test).values()]
+    protocol = {"name": recipe.name, "hash": digest(science)}
     nothing = dict.fromkeys(("recipe_hash", "run", "data", "epochs", "images_seen", "batch"))
     facts = info.get("subject") or {
         "method": "unknown", "preset": None, "arch": arch, "pretrain": nothing, "cost": {},
