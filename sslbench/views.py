@@ -22,7 +22,7 @@ from .recipe import Augment, Strict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-VIEW = 2  # the version of evaluation's view, in the hash of every protocol that resizes or crops. 1: squashed small images
+VIEW = 2  # of evaluation's view. 1 enlarged what is no larger than the view to a square, and cropped beyond 224 pixels
 
 
 def crop_boxes(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RunFailed
 from ..provenance import cores
-from ..views import centre_window, centred, place_boxes, resize_centre
+from ..views import centred, place_boxes, resize_centre
 from .images import ImageSet, MemoryImages, PackedImages
 
 T = TypeVar("T")
@@ -289,17 +289,18 @@ class _Centred(Dataset[tuple[Tensor, int, list[int]]]):
         return to_tensor(centred(image, self.size)), -1, []
 
 
-def seen_whole(data: ImageSet, size: int) -> bool:
-    """Whether every image is the evaluation view already, pixel for pixel. The first that is not ends the search."""
-    if centre_window((size, size), size) != ((size, size), (0, 0)):
-        return False
-    if isinstance(data, MemoryImages):
-        return data.images.shape[2:] == (size, size)
-    for i in range(len(data)):
+def has_smaller(data: ImageSet, size: int) -> bool:
+    """Whether an image is no larger than a view of `size`, and not of its size. Reads heads of files, no pixels."""
+
+    def smaller(index: int) -> bool:
         with contextlib.suppress(OSError):  # one that cannot be read has no size
-            if data.use(i, lambda image: image.size) != (size, size):
-                return False
-    return True
+            w, h = data.use(index, lambda image: image.size)
+            return max(w, h) <= size and (w, h) != (size, size)
+        return False
+
+    if isinstance(data, MemoryImages):
+        return smaller(0)
+    return any(map(smaller, range(len(data))))
 
 
 def evaluation_sample(data: ImageSet, n: int, size: int) -> Tensor:

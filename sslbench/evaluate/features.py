@@ -17,7 +17,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..data import ImageSet, open_split
-from ..data.loader import evaluation_batches, seed_of, seen_whole
+from ..data.loader import evaluation_batches, has_smaller, seed_of
 from ..errors import UserError
 from ..paths import home
 from ..train.run import read_run
@@ -248,8 +248,9 @@ def both_splits(spec: str) -> tuple[ImageSet, ImageSet]:
 
 
 def view_of(size: int, *sets: ImageSet) -> dict[str, int]:
-    """What a protocol's hash says of the view: nothing where all images are seen as they are, else the view's version.
+    """What a protocol's hash says of the view: its version where versions differ in what becomes of these images.
 
-    So CIFAR's numbers at 32 pixels keep their hash whatever becomes of the rule by which others are resized.
+    They differ in images no larger than the view, and beyond 224 pixels; a number of others, such as CIFAR's at up to
+    32 pixels, keeps its hash. At 224 nobody looks: ImageNet has such images.
     """
-    return {} if all(seen_whole(data, size) for data in sets) else {"view": VIEW}
+    return {"view": VIEW} if size >= 224 or any(has_smaller(data, size) for data in sets) else {}

@@ -264,8 +264,8 @@ def follows(r: Record, protocol: tuple[str, str] | None, epochs: int = 0) -> boo
     science = eval_recipe(kind, protocol[1], sets).science.model_dump(mode="json")
     side = science.get("image_size") or get_arch(r.arch).image
     science = {**science, "pool": pool, "image_size": [side, side]}
-    seen_as_they_are = [science] if side < 224 else []  # CIFAR's images: features.view_of
-    return r.protocol.hash in map(digest, [{**science, "view": VIEW}, *seen_as_they_are])
+    any_version = [science] if side < 224 else []  # of images that all see alike: features.view_of
+    return r.protocol.hash in map(digest, [{**science, "view": VIEW}, *any_version])
 
 
 def _number(printed: str) -> float | None:
