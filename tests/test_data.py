@@ -19,12 +19,11 @@ from scipy.io import savemat
 from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import InterpolationMode
 
-from sslbench.data import known_size, open_split
+from sslbench.data import known_size, open_both, open_split
 from sslbench.data.check import check
 from sslbench.data.images import FolderImages, MemoryImages, PackedImages, subset
 from sslbench.data.loader import MicroBatches, decoded_crops, decoders, evaluation_batches, plain_crops
 from sslbench.errors import RunFailed, UserError
-from sslbench.evaluate.features import both_splits
 from sslbench.evaluate.run import scale_of
 from sslbench.provenance import cores
 from sslbench.recipe import choose, data_name
@@ -78,7 +77,6 @@ def test_folders_are_checked_before_they_are_trusted(image_folder, tmp_path, mon
     (image_folder / "val" / "dragon").mkdir()
     next((image_folder / "val").rglob("*.png")).rename(image_folder / "val" / "dragon" / "x.png")
     for spec, split, message in (
-        (f"folder:{image_folder}", "val", "classes that train lacks: dragon"),
         (f"imagenet:{image_folder}", "train", "4 class folders"),
         (f"folder:{tmp_path}/none", "train", "no such folder"),
         ("imagenet", "train", "quickstart"),
@@ -87,6 +85,8 @@ def test_folders_are_checked_before_they_are_trusted(image_folder, tmp_path, mon
     ):
         with pytest.raises(UserError, match=message):
             open_split(spec, split)
+    with pytest.raises(UserError, match="val has classes that train lacks: dragon"):
+        open_both(f"folder:{image_folder}")
 
 
 def test_order_is_a_function_of_seed_and_step_whatever_the_devices():
@@ -155,7 +155,7 @@ def test_sets_joined_by_plus_are_read_one_after_the_other_without_labels(tmp_pat
     with_memory = open_split(f"builtin+coco:{tmp_path}/coco", "train")
     assert len(with_memory) == 4006 and (np.asarray(with_memory.read(3999)) == x[3999].permute(1, 2, 0).numpy()).all()
     with pytest.raises(UserError, match="no labels"):
-        both_splits("builtin+builtin")
+        open_both("builtin+builtin")
 
 
 def test_sets_of_one_size_in_memory_stay_there_when_joined():

@@ -1,6 +1,16 @@
 """Where images come from: a SPEC names a data set, `open_split` opens one split of it."""
 
 from .images import FolderImages, ImageSet, MemoryImages, subset
-from .sources import known_size, open_split, open_test
+from .sources import known_size, open_both, open_split, open_test, used_classes
 
-__all__ = ["FolderImages", "ImageSet", "MemoryImages", "known_size", "open_split", "open_test", "subset"]
+__all__ = [
+    "FolderImages",
+    "ImageSet",
+    "MemoryImages",
+    "known_size",
+    "open_both",
+    "open_split",
+    "open_test",
+    "subset",
+    "used_classes",
+]

@@ -9,7 +9,7 @@ from ..errors import UserError
 from .images import ImageSet, MemoryImages, PackedImages
 from .labelled import check_labels
 from .loader import CORRUPT_LIMIT
-from .sources import open_split
+from .sources import numbered_alike, open_split
 
 
 def check(spec: str) -> dict[str, Any]:
@@ -22,6 +22,8 @@ def check(spec: str) -> dict[str, Any]:
     missing = ""
     try:
         splits["val"] = open_split(spec, "val")
+        if splits["train"].labels is not None or splits["val"].labels is not None:
+            numbered_alike(splits["train"], splits["val"], spec)
     except UserError as e:  # enough to pre-train
         missing = str(e)
     found = {name: _describe(data) for name, data in splits.items()}

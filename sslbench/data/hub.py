@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import UserError
@@ -34,7 +33,7 @@ def open_hub(where: str, split: str, words: tuple[str, ...]) -> HubImages:
         raise UserError(f"data '{spec}': expected one column of images, found {', '.join(images) or 'none'}")
     classes = {k: v.names for k, v in rows.features.items() if isinstance(v, datasets.ClassLabel)}
     column = "label" if "label" in classes else next(iter(classes), None) if len(classes) == 1 else None
-    labels = None if column is None else torch.from_numpy(np.array(rows[column], dtype=np.int64))
+    labels = None if column is None else torch.tensor([-1 if label is None else label for label in rows[column]])
     return HubImages(
         folder.name,
         split,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+HIDDEN = (".", "__MACOSX", "@eaDir")  # how names begin of what notebooks, macOS and network disks leave in folders
 T = TypeVar("T")
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of that name is an image, by its extension, and not a hidden one."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(HIDDEN)
 
 
 def _at(labels: Tensor | None, index: Tensor) -> Tensor | None:
@@ -221,7 +228,7 @@ class HubImages(Encoded):
         return digest.hexdigest()[:12]
 
     def where(self, index: int) -> str:
-        return f"{self.name} {self.split} image {index}"
+        return f"{self.name} {self.split}, row {index}"
 
     def encoded(self, index: int) -> io.BytesIO | str:
         cell = self.rows[int(index)][self.column]

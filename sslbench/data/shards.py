@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from .images import EXTENSIONS, ShardImages
+from .images import EXTENSIONS, HIDDEN, ShardImages
 
 
 def open_shards(path: Path, split: str) -> ShardImages:
-    """PATH/*train*.tar, or PATH/*val*.tar, in the order of their names. Without labels unless every image has one."""
+    """PATH/*train*.tar, or PATH/*val*.tar, in the order of their names. Without labels unless every image has one:
+    an integer, without a name, that means the same in both splits."""
     shards = sorted(path.glob(f"*{split}*.tar"))
     if not shards:
         raise UserError(f"data 'wds:{path}': no {split} split; expected tar files named {path}/*{split}*.tar")
@@ -25,6 +26,8 @@ def open_shards(path: Path, split: str) -> ShardImages:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, extension = name.partition(".")
                     key = number, f"{folder}/{stem}"
+                    if name.startswith(HIDDEN):  # as macOS's tar writes beside each file
+                        continue
                     if f".{extension.lower()}" in EXTENSIONS:
                         places[key] = [number, member.offset_data, member.size]
                     elif extension == "cls" and (file := tar.extractfile(member)):
@@ -36,7 +39,7 @@ def open_shards(path: Path, split: str) -> ShardImages:
     if not places:
         raise UserError(f"data 'wds:{path}': no images in {shards[0].name} to {shards[-1].name}")
     found = [labels[key] for key in places] if places.keys() <= labels.keys() else None
-    if found is not None and min(found) < 0:
+    if found is not None and min(found) < -1:  # -1: not known
         raise UserError(f"data 'wds:{path}': classes must be integers from 0 on, found {min(found)}")
     return ShardImages(
         path.resolve().name,

@@ -8,6 +8,9 @@ import json
 import os
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from PIL import Image
 
 from ..errors import UserError, nearest
 from .hub import open_hub
-from .images import EXTENSIONS, FolderImages, ImageSet, JoinedImages, MemoryImages, PackedImages
+from .images import EXTENSIONS, HIDDEN, FolderImages, ImageSet, JoinedImages, MemoryImages, PackedImages, is_image
 from .layouts import published, tiny_imagenet
 from .shards import open_shards
 
@@ -65,6 +68,54 @@ def open_split(spec: str, split: str) -> ImageSet:
     raise UserError(f"data '{spec}': unknown kind '{kind}'{nearest(kind, KINDS)}; kinds: {', '.join(KINDS)}")
 
 
+def open_both(spec: str) -> tuple[ImageSet, ImageSet]:
+    """Train and val of a labelled SPEC, of which val's classes are numbered as train's."""
+    train = open_split(spec, "train")
+    return train, numbered_alike(train, open_split(spec, "val"), spec)
+
+
+def numbered_alike(train: ImageSet, val: ImageSet, spec: str) -> ImageSet:
+    """val with its classes numbered as train's, by name, wherever they come from.
+
+    Sources number the classes of each split for themselves. One that names none (WebDataset's integers, an npz without
+    `classes`) has its numbers for names, and these are trusted. UserError: a label is missing or hidden, or train has
+    no image of one of val's classes.
+    """
+    trained, wanted = used_classes(train, spec), used_classes(val, spec)
+    if lacking := [name for name in wanted if name not in trained]:
+        what = "has no class in common with train" if len(lacking) == len(wanted) else "has classes that train lacks"
+        raise UserError(
+            f"data '{spec}': val {what}: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}; train has "
+            f"images of {', '.join(list(trained)[:5])}{', ...' if len(trained) > 5 else ''}"
+        )
+    number = torch.zeros(len(val.classes), dtype=torch.long)
+    for name, i in wanted.items():
+        number[i] = trained[name]
+    return replace(val, labels=number[val.labels], classes=train.classes)  # type: ignore[arg-type, index]
+
+
+def used_classes(data: ImageSet, spec: str) -> dict[str, int]:
+    """{name: number} of the classes that have images; of classes with one name, each has its number in it.
+
+    UserError: an image has no label.
+    """
+    if data.labels is None:
+        why = "joined sets have none" if "+" in spec else "it needs a folder a class, or `labels` in the npz"
+        raise UserError(f"data '{spec}': {data.split} has no labels, which an evaluation needs: {why}")
+    if len(without := (data.labels < 0).nonzero().flatten()):
+        raise UserError(
+            f"data '{spec}': {data.split} has no labels (all -1, as where those of a test are kept secret)"
+            if len(without) == len(data)
+            else f"data '{spec}': {len(without)} of the {len(data)} images of {data.split} have no label (-1 or null): "
+            f"{data.where(int(without[0]))}{', ...' if len(without) > 1 else ''}; label them, or leave them out"
+        )
+    used = data.labels.unique().tolist()
+    if used[-1] >= len(data.classes):
+        raise UserError(f"data '{spec}': {data.split} has label {used[-1]}, but names {len(data.classes)} classes")
+    times = Counter(data.classes)
+    return {name if times[name := data.classes[i]] == 1 else f"{name} ({i})": i for i in used}
+
+
 def open_test(spec: str) -> ImageSet:
     """The val split of a SPEC, or all of a folder that has class folders and no splits."""
     kind, _, where = spec.partition(":")
@@ -104,7 +155,7 @@ def _photographs(kind: str, path: Path, split: str) -> FolderImages:
     if root is None:
         found = _listing(path) if path.is_dir() else "no such folder"
         raise UserError(f"data '{kind}:{path}': expected {places[0]}/*.jpg, found {found}. {HINT}")
-    files = sorted(p.name for p in root.iterdir() if p.suffix.lower() in EXTENSIONS)
+    files = sorted(p.name for p in root.iterdir() if is_image(p.name))
     if not files:
         raise UserError(f"data '{kind}:{path}': no images in {root}")
     return FolderImages(kind, split, root, files, None, [])
@@ -147,7 +198,7 @@ def _npz(path: Path, split: str) -> MemoryImages:
         raise UserError(f"{file}: `images` must be uint8 (N, H, W, 3), found {images.dtype} {images.shape}")
     if labels is not None and labels.shape != (len(images),):
         raise UserError(f"{file}: {len(images)} images but labels of shape {labels.shape}")
-    if labels is not None and (labels.dtype.kind not in "iu" or labels.min() < 0):
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.min() < -1):  # -1: not known
         raise UserError(f"{file}: `labels` must be integers from 0 on, found {labels.dtype}, such as {labels[0]}")
     from ..recipe import data_name
 
@@ -207,13 +258,7 @@ def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderIma
         raise UserError(
             f"data '{kind}:{path}': {root} lacks {len(lacking)} of the classes listed: {', '.join(lacking[:5])}"
         )
-    files = sorted(
-        os.path.relpath(os.path.join(folder, f), root)
-        for top in (only or [""])
-        for folder, _, names in os.walk(root / top, followlinks=True)
-        for f in names
-        if os.path.splitext(f)[1].lower() in EXTENSIONS
-    )
+    files = sorted(f for top in (only or [""]) for f in _images_under(root, top))
     if not files:
         raise UserError(f"data '{kind}:{path}': no images under {root} (looked for {', '.join(sorted(EXTENSIONS))})")
     annotated = tiny_imagenet(root)
@@ -230,13 +275,8 @@ def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderIma
         )
     labels = None
     if "" not in classes:
-        # Both splits count classes by the same names: val's folders are looked up among train's.
-        names = classes if split == "train" or only else _class_names(path) or classes
-        unknown = sorted(set(classes) - set(names))
-        if unknown:
-            raise UserError(f"data '{kind}:{path}': {split} has classes that train lacks: {', '.join(unknown[:5])}")
-        index = {c: i for i, c in enumerate(names)}
-        labels, classes = torch.tensor([index[p] for p in parents]), names
+        index = {c: i for i, c in enumerate(classes)}
+        labels = torch.tensor([index[p] for p in parents])
     name = "imagenet" if kind == "imagenet" else path.resolve().name
     return FolderImages(name, split, root, files, labels, classes if labels is not None else [])
 
@@ -254,9 +294,13 @@ def _class_list(path: Path) -> tuple[Path, list[str]]:
     return Path(where), sorted(set(names))
 
 
-def _class_names(path: Path) -> list[str]:
-    train = next((path / word for word in SPLITS["train"] if (path / word).is_dir()), None)
-    return sorted(d.name for d in train.iterdir() if d.is_dir()) if train else []
+def _images_under(root: Path, top: str) -> Iterator[str]:
+    """Image files in root/top and below, relative to root, but for what notebooks, macOS and others hide there."""
+    for folder, below, names in os.walk(root / top, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(HIDDEN)]
+        for f in names:
+            if is_image(f):
+                yield os.path.relpath(os.path.join(folder, f), root)
 
 
 def _bare(name: str, split: str) -> ImageSet:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from ..data import ImageSet, open_split
+from ..data import ImageSet
 from ..data.loader import evaluation_batches, has_smaller, seed_of
 from ..errors import UserError
 from ..paths import home
@@ -237,14 +237,6 @@ def extract(
     features = {pool: torch.cat(p) for pool, p in parts.items()}
     write_atomically(cache, safetensors_bytes(features))
     return features
-
-
-def both_splits(spec: str) -> tuple[ImageSet, ImageSet]:
-    """Train and val of a labelled data set."""
-    train, val = open_split(spec, "train"), open_split(spec, "val")
-    if train.labels is None or val.labels is None:
-        raise UserError(f"data '{spec}' has no labels; an evaluation needs a folder a class, or `labels` in the npz")
-    return train, val
 
 
 def view_of(size: int, *sets: ImageSet) -> dict[str, int]:

@@ -40,7 +40,7 @@ class LabelledJob(Job):
         self.seed, self.epochs, self.batch_size = seed, s.epochs, s.batch_size
         self.image_size, self.crop_scale = s.image_size or subject.encoder.image[0], s.crop_scale
         size = [self.image_size, self.image_size]
-        view = view_of(self.image_size, *filter(None, (train, val)))
+        view = view_of(self.image_size, train, *([] if val is None else [val]))
         science = {**s.model_dump(mode="json"), "pool": pool, "image_size": size, **view}
         self.protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
         hash = digest([self.protocol["hash"], subject.sha256, data_name(spec), train.fingerprint])

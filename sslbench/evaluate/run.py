@@ -10,7 +10,7 @@ from pydantic import Field
 from rich.console import Console
 
 from .. import provenance
-from ..data import ImageSet, open_test
+from ..data import ImageSet, open_both, open_test, used_classes
 from ..errors import UserError
 from ..ledger import Record, Scale, accuracy_stderr, append
 from ..paths import home
@@ -32,7 +32,7 @@ from ..train.launch import alone, launched
 from ..train.loop import fit
 from ..train.run import read_run
 from ..train.state import sha256_file, write_json
-from .features import Subject, both_splits, extract, find_weights, newest_run, open_subject, view_of
+from .features import Subject, extract, find_weights, newest_run, open_subject, view_of
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
 from .job import LabelledJob
 from .knn import knn_top1
@@ -165,7 +165,7 @@ def _splits(subject: Subject, data: str | None) -> tuple[str, ImageSet, ImageSet
     spec = data or subject.data
     if spec is None:
         raise UserError(f"'{subject.name}' does not say what data it was trained on; give --data SPEC")
-    return spec, *both_splits(spec)
+    return spec, *open_both(spec)
 
 
 def _train_and_score(recipe: EvalRecipe, run: str, data: str | None, seed: int | None, console: Console) -> Record:
@@ -202,19 +202,19 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
     path, info = find_weights(run, "finetune")
     model, classes, arch = load_classifier(path)
     test = open_test(data)
-    if test.labels is None:
-        raise UserError(f"data '{data}' has no labels; robustness needs a folder a class")
-    if unknown := sorted(set(test.classes) - set(classes)):
+    names = used_classes(test, data)
+    if unknown := sorted(names.keys() - set(classes)):
         raise UserError(
             f"data '{data}': {len(unknown)} class(es) that the model was not trained on: {', '.join(unknown[:5])}"
         )
-    at = torch.tensor([classes.index(c) for c in test.classes])
+    assert test.labels is not None
+    at, labels = torch.tensor([classes.index(c) for c in names]), test.labels.unique(return_inverse=True)[1]
     logits = predict(model, test, default_device(), recipe.machine.workers)
     if s.restrict:
         answer = at[logits[:, at].argmax(1)]
     else:
         answer = logits.argmax(1)
-    top1 = 100 * int((answer == at[test.labels]).sum()) / len(test)
+    top1 = 100 * int((answer == at[labels]).sum()) / len(test)
     size = model.encoder.image[0]
     science = [s.model_dump(mode="json"), info.get("protocol", {}).get("hash"), size, *view_of(size, test).values()]
     protocol = {"name": recipe.name, "hash": digest(science)}
@@ -223,7 +223,7 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
         "method": "unknown", "preset": None, "arch": arch, "pretrain": nothing, "cost": {},
     }  # fmt: skip
     facts = {**facts, "sha256": sha256_file(path)}
-    condition = {"classes": len(test.classes), "eval_run": path.parent.name if info else None}
+    condition = {"classes": len(names), "eval_run": path.parent.name if info else None}
     wall = time.perf_counter() - began
     spent = {**info.get("cost", {}), "wall_s": info.get("cost", {}).get("wall_s", 0.0) + wall}
     return to_ledger(facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, spent, info)
