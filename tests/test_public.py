@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+import warnings
 
 import pytest
 import timm
@@ -12,7 +14,7 @@ from sslbench.errors import UserError
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.public import to_encoder
 from sslbench.evaluate.run import eval_recipe, evaluate
-from sslbench.vit import ARCHS
+from sslbench.vit import ARCHS, VisionTransformer, get_arch, initialise
 
 NAME, ARCH = "vit_tiny_patch16_224", "vit_ti16"
 SIZE = 64  # of the position table: another than the arch's own
@@ -111,3 +113,78 @@ def test_moco_v3s_vit_s_has_twelve_heads():
         encoder, name = to_encoder(state.get("state_dict", state), "a file")
         assert name == arch
         assert torch.allclose(encoder.eval()(x), small.forward_features(x), atol=1e-5) == (style == "mocov3")
+
+
+def vit(seed=0, image=32):
+    """A whole state dict of a small ViT, its positions by MAE's formula."""
+    torch.manual_seed(seed)
+    encoder = VisionTransformer(get_arch("vit_mini4"), image)
+    initialise(encoder)
+    return encoder.state_dict()
+
+
+def under(prefix, state):
+    return {prefix + k: v for k, v in state.items()}
+
+
+RIGHT, WRONG = vit(0), vit(1)
+
+
+@pytest.mark.parametrize(
+    ("tree", "taken"),
+    [
+        ({"state_dict": WRONG, "state_dict_ema": RIGHT, "epoch": 3}, "state_dict_ema"),
+        ({"model": WRONG, "model_ema": RIGHT}, "model_ema"),
+        ({"student": WRONG, "teacher": RIGHT}, "teacher"),
+        ({"state_dict": {**under("student.", WRONG), **under("teacher.", RIGHT)}}, "state_dict.teacher"),
+        ({"model": {**under("student.net.", WRONG), **under("teacher.net.", RIGHT)}}, "model.teacher.net"),
+        ({**under("model.", WRONG), **under("ema_model.module.", RIGHT)}, "ema_model.module"),
+        ({"state_dict": {**under("module.momentum_encoder.", WRONG), **under("module.base_encoder.", RIGHT)}},
+         "state_dict.module.base_encoder"),
+        ({"state_dict": RIGHT, "loss": torch.zeros(())}, None),
+        ({"net": RIGHT, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, None),
+        ({"student": RIGHT}, None),
+    ],
+)  # fmt: skip
+def test_of_several_weights_the_average_is_taken_and_said(tree, taken, tmp_path, recwarn):
+    torch.save(tree, tmp_path / "w.pth")
+    state = open_subject(str(tmp_path / "w.pth")).encoder.state_dict()
+    assert all(state[k].equal(v) for k, v in RIGHT.items())
+    said = [str(w.message) for w in recwarn if "w.pth" in str(w.message)]
+    assert len(said) == (taken is not None) and all(f"the weights of {taken} are taken, not " in s for s in said)
+
+
+def other(**model):
+    return timm.create_model(NAME, img_size=SIZE, num_classes=0, **model).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: other(mlp_ratio=3), "is not a vit_ti16: blocks.0.mlp.fc1.weight is 576 x 192, expected 768 x 192"),
+        (lambda: other(in_chans=1), "patch_embed.proj.weight is 192 x 1 x 16 x 16; expected 192 x 3 x P x P"),
+        (lambda: {**RIGHT, "blocks.0.attn.qkv.weight": torch.zeros(288, 192)}, "qkv.weight is 288 x 192, expected"),
+        (lambda: {"model": other(), "args": argparse.Namespace(num_heads=12)}, "says that it has 12 heads; vit_ti16"),
+        (lambda: {"model": vit(0, (16, 64)), "img_size": (16, 64)}, "says that its images are 16 x 64"),
+        (lambda: {"model": other(), "config": {"input_size": [3, 32, 128]}}, "says that its images are 3 x 32 x 128"),
+        (lambda: vit(0, (16, 64)), "its positions are a grid of 4 x 16; only square ones"),
+        (lambda: under("embeddings.", {"cls": torch.zeros(1)}), "no 'patch_embed.proj.weight'; found embeddings.cls"),
+        (lambda: {"model": RIGHT, "best": torch.nn.Linear(2, 2)}, r"plain data (torch.nn.modules.linear.Linear"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_shape_is_refused_by_what_was_found(make, says, tmp_path):
+    torch.save(make(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=re.escape(says)):
+        open_subject(str(tmp_path / "w.pth"))
+
+
+def test_what_a_file_says_beside_its_weights_is_heeded(tmp_path):
+    """Neither heads nor a grid of learned positions show in shapes: where nothing is said, a warning does."""
+    small = timm.create_model("vit_small_patch16_224", img_size=SIZE, num_heads=12, num_classes=0).state_dict()
+    torch.save({"model": small, "args": argparse.Namespace(num_heads=12, img_size=SIZE)}, tmp_path / "w.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_subject(str(tmp_path / "w.pth")).arch == "vit_s16_h12"
+    torch.save(small, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="its 16 positions are learned ones, taken for a grid of 4 x 4"):
+        assert open_subject(str(tmp_path / "w.pth")).arch == "vit_s16"

@@ -157,9 +157,9 @@ def _is_ours(path: Path) -> bool:
 
 
 def _public(
-    state: dict[str, Tensor], where: str, mean: tuple[float, ...], std: tuple[float, ...], path: Path | None = None
+    tree: Any, where: str, mean: tuple[float, ...], std: tuple[float, ...], path: Path | None = None
 ) -> Subject:
-    encoder, arch = public.to_encoder(state, where)
+    encoder, arch = public.to_encoder(tree, where)
     sha256 = sha256_file(path) if path else hashlib.sha256(public.tensors_bytes(encoder)).hexdigest()
     method = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if path else where)
     return Subject(encoder, sha256, arch, "cls", mean, std, {}, None, method=method, name=method)
