@@ -42,8 +42,8 @@ def _describe(data: ImageSet) -> dict[str, Any]:
     elif not isinstance(data, MemoryImages):
         with ThreadPoolExecutor(4) as pool:
             sizes = list(pool.map(lambda i: _size(data, i), range(len(data))))
-        corrupt = [data.where(i) for i, size in enumerate(sizes) if size is None]
-        pixels = sorted(s for s in sizes if s)
+        corrupt = [size for size in sizes if isinstance(size, str)]
+        pixels = sorted(size for size in sizes if not isinstance(size, str))
     else:
         pixels = [(data.images.shape[3], data.images.shape[2])] * len(data)
     return {
@@ -55,8 +55,11 @@ def _describe(data: ImageSet) -> dict[str, Any]:
     }
 
 
-def _size(data: ImageSet, index: int) -> tuple[int, int] | None:
+def _size(data: ImageSet, index: int) -> tuple[int, int] | str:
+    """(width, height), or which image cannot be read."""
     try:
         return data.read(index).size
     except OSError:
-        return None
+        return data.where(index)
+    except UserError as e:
+        return str(e)

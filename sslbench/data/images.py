@@ -16,8 +16,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..errors import UserError
+
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 HIDDEN = (".", "__MACOSX", "@eaDir")  # how names begin of what notebooks, macOS and network disks leave in folders
+KNOWN_MODES = {"RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "RGBA", "LA", "PA", "RGBX", "RGBa", "La"}
+BITS_PER_SAMPLE = 258  # TIFF's tag
 T = TypeVar("T")
 
 
@@ -28,6 +32,26 @@ def is_image(name: str) -> bool:
 
 def _at(labels: Tensor | None, index: Tensor) -> Tensor | None:
     return None if labels is None else labels[index]
+
+
+class NoImage(OSError):
+    """There is none where one should be."""
+
+
+class UnknownScale(ValueError):
+    """An image whose mode does not say which of its values are black and white."""
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """As 8-bit RGB: grey of 16 bits scaled by 1/257 (of 12 by 1/16), a palette looked up, transparency dropped, as
+    torchvision's loader does. UnknownScale: floats, integers of 32 bits, and what PIL does not convert."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+        levels = np.rint(np.asarray(image) * (255 / (2**bits - 1)))
+        return Image.fromarray(levels.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode not in KNOWN_MODES:
+        raise UnknownScale(f"mode {image.mode}, of which black and white are not known; save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 class Decoded:
@@ -48,14 +72,20 @@ class Encoded:
         raise NotImplementedError
 
     def read(self, index: int) -> Image.Image:
-        """The decoded RGB image; raises OSError where it is corrupt."""
-        return self.use(index, lambda image: image.convert("RGB"))
+        """The image by `rgb`. OSError: it is corrupt, which is tolerated in few; UserError: it has no known scale."""
+        return self.use(index, rgb)
+
+    def where(self, index: int) -> str:
+        """What a message calls an image."""
+        raise NotImplementedError
 
     def use(self, index: int, f: Callable[[Image.Image], T]) -> T:
-        """f of the opened image, which decodes it as it likes; raises OSError (PIL's errors are some) as `read`."""
+        """f of the opened image, which decodes it by `rgb`; raises as `read` (PIL's errors are OSErrors)."""
         try:
             with Image.open(self.encoded(index)) as image:
                 return f(image)
+        except UnknownScale as e:
+            raise UserError(f"{self.where(index)} is an image of {e}") from None
         except (SyntaxError, ValueError, Image.DecompressionBombError) as e:  # PIL's other words for 'corrupt'
             raise OSError(str(e)) from e
 
@@ -232,6 +262,8 @@ class HubImages(Encoded):
 
     def encoded(self, index: int) -> io.BytesIO | str:
         cell = self.rows[int(index)][self.column]
+        if not cell or not (cell["bytes"] or cell["path"]):
+            raise NoImage("null")
         return io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]
 
     def part(self, index: Tensor) -> HubImages:

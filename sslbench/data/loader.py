@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import RunFailed
+from ..errors import RunFailed, UserError
 from ..provenance import cores
 from ..views import centred, place_boxes, resize_centre
-from .images import ImageSet, MemoryImages, PackedImages
+from .images import ImageSet, MemoryImages, NoImage, PackedImages, rgb
 
 T = TypeVar("T")
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -118,7 +118,7 @@ class MicroBatches:
         batches = iter(loader)
         for _ in range((last - first) * self.accumulation):
             begin = time.perf_counter()
-            images, labels, corrupt = next(batches)
+            images, labels, corrupt = _received(next(batches))
             self.wait_s += time.perf_counter() - begin
             self._count(corrupt)
             images = images.to(self.device, non_blocking=True)
@@ -127,11 +127,20 @@ class MicroBatches:
     def _count(self, corrupt: list[int]) -> None:
         self.corrupt.update(corrupt)
         if corrupt and len(self.corrupt) > CORRUPT_LIMIT * len(self.data):
-            first = self.data.where(min(self.corrupt))
-            raise RunFailed(
-                f"{len(self.corrupt)} of {len(self.data)} images cannot be read, more than {CORRUPT_LIMIT:.1%}; the "
-                f"first is {first}; `sslbench data check` lists them all"
-            )
+            raise _too_many(self.data, self.corrupt)
+
+
+def _too_many(data: ImageSet, corrupt: set[int]) -> Exception:
+    """What to raise: the run failed, or the user's table has no images where it should."""
+    first, why = min(corrupt), OSError("now it can be read")
+    try:
+        data.read(first)
+    except OSError as e:
+        why = e
+    return (UserError if isinstance(why, NoImage) else RunFailed)(
+        f"{len(corrupt)} of {len(data)} images cannot be read, more than {CORRUPT_LIMIT:.1%}; the first is "
+        f"{data.where(first)} ({' '.join(str(why).split())}); `sslbench data check` lists them all"
+    )
 
 
 class _Keys:
@@ -166,7 +175,7 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int, list[int]]]:
         """What the loader asks for: a batch. Of a packed set all boxes at once, which saves a quarter of its time."""
         if not isinstance(self.data, PackedImages):
-            return [self[key] for key in keys]
+            return _delivered(lambda: [self[key] for key in keys])
         draw = torch.cat([self._draw(*key) for key in keys], 1)
         height, width = self.data.table[[index for _, index in keys], 1:3].repeat_interleave(self.crops, 0).split(1, 1)
         boxes = torch.stack(place_boxes(draw, height, width, self.scale), 1).long().view(len(keys), self.crops, 4)
@@ -223,7 +232,7 @@ def decoded_crops(image: Image.Image, boxes: list[Box], size: int, interpolation
     if least >= 2 * size:
         image.draft(None, (math.ceil(width * size / least), math.ceil(height * size / least)))
     shrunk = round(width / image.width)
-    picture = image.convert("RGB")
+    picture = rgb(image)
     if shrunk == 1:
         pixels = torch.from_numpy(np.array(picture))
         return [resized_crop(pixels, box, size, interpolation) for box in boxes]
@@ -234,7 +243,7 @@ def decoded_crops(image: Image.Image, boxes: list[Box], size: int, interpolation
 
 def plain_crops(image: Image.Image, boxes: list[Box], size: int, interpolation: str = "bicubic") -> list[Tensor]:
     """What `decoded_crops` does quickly."""
-    parts = [image.convert("RGB").crop((left, top, left + w, top + h)) for top, left, h, w in boxes]
+    parts = [rgb(image).crop((left, top, left + w, top + h)) for top, left, h, w in boxes]
     kernel = Image.Resampling[interpolation.upper()]
     return [to_tensor(part.resize((size, size), kernel)) for part in parts]
 
@@ -263,11 +272,27 @@ def _readable(data: ImageSet, index: int, use: Callable[[Image.Image], T]) -> tu
     raise RunFailed(f"no image of {data.name} can be read")
 
 
+def _delivered(make: Callable[[], list[Any]]) -> list[Any]:
+    """What a loader's process makes, or why it cannot: what it raised would arrive with its traceback for a message."""
+    try:
+        return make()
+    except (UserError, RunFailed) as e:
+        return [e]
+
+
+def _received(batch: Any) -> Any:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _collate(items: list[tuple[Tensor, int, list[int]]]) -> tuple[Tensor, Tensor, list[int]]:
+def _collate(items: list[Any]) -> Exception | tuple[Tensor, Tensor, list[int]]:
+    if isinstance(items[0], Exception):
+        return items[0]
     images, labels, corrupt = zip(*items, strict=True)
     return torch.stack(images), torch.tensor(labels), [i for bad in corrupt for i in bad]
 
@@ -281,9 +306,12 @@ class _Centred(Dataset[tuple[Tensor, int, list[int]]]):
     def __len__(self) -> int:
         return len(self.data)
 
+    def __getitems__(self, index: list[int]) -> list[Any]:
+        return _delivered(lambda: [self[i] for i in index])
+
     def __getitem__(self, index: int) -> tuple[Tensor, int, list[int]]:
         try:
-            image = self.data.use(index, lambda image: image.convert("RGB"))
+            image = self.data.read(index)
         except OSError:  # black: an answer to it counts, and is hardly ever right
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, [index]
         return to_tensor(centred(image, self.size)), -1, []
@@ -325,12 +353,10 @@ def evaluation_batches(data: ImageSet, size: int, batch: int, device: torch.devi
         **decoders(workers, device),
     )
     corrupt: set[int] = set()
-    for images, _, bad in loader:
+    for images, _, bad in map(_received, loader):
         corrupt.update(bad)
         if len(corrupt) > CORRUPT_LIMIT * len(data):
-            raise RunFailed(
-                f"{len(corrupt)} of {len(data)} images of {data.name} cannot be read; see `sslbench data check`"
-            )
+            raise _too_many(data, corrupt)
         yield images.to(device, non_blocking=True).float()
     if corrupt:
         warnings.warn(

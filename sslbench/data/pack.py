@@ -7,6 +7,7 @@ are the labels, where there are any.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -118,10 +119,9 @@ def _fit(size: tuple[int, int], short: int) -> tuple[int, int]:
 
 
 def _try_read(data: ImageSet, index: int) -> Image.Image | None:
-    try:
+    with contextlib.suppress(OSError):
         return data.read(index)
-    except OSError:
-        return None
+    return None
 
 
 def _write(data: ImageSet, folder: Path, size: int, signals: Signals) -> dict[str, Any]:
