@@ -144,3 +144,11 @@ def test_a_null_label_of_a_hub_set_names_its_row(tmp_path):
     assert open_split(f"hfds:{tmp_path}/h", "train").labels.equal(torch.tensor([0, 1, -1]))
     with pytest.raises(UserError, match=r"train have no label .* row 2"):
         open_both(f"hfds:{tmp_path}/h")
+
+
+def test_names_saved_as_bytes_are_names(tmp_path):
+    spec = npz(tmp_path, NAMES, NAMES)
+    with np.load(tmp_path / "x_val.npz") as z:
+        saved = {**z, "classes": z["classes"].astype(bytes)}
+    np.savez(tmp_path / "x_val.npz", **saved)
+    assert open_both(spec)[1].labels.tolist() == [0, 1, 2]

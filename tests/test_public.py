@@ -143,7 +143,7 @@ RIGHT, WRONG = vit(0), vit(1)
          "state_dict.module.base_encoder"),
         ({"state_dict": RIGHT, "loss": torch.zeros(())}, None),
         ({"net": RIGHT, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, None),
-        ({"student": RIGHT}, None),
+        ({"student": RIGHT}, "student"),
     ],
 )  # fmt: skip
 def test_of_several_weights_the_average_is_taken_and_said(tree, taken, tmp_path, recwarn):

@@ -100,7 +100,8 @@ def used_classes(data: ImageSet, spec: str) -> dict[str, int]:
     UserError: an image has no label.
     """
     if data.labels is None:
-        why = "joined sets have none" if "+" in spec else "it needs a folder a class, or `labels` in the npz"
+        where = "a folder a class, `labels` in an npz, a ClassLabel column of a Hugging Face set"
+        why = "sets joined by + have none" if "+" in spec else where
         raise UserError(f"data '{spec}': {data.split} has no labels, which an evaluation needs: {why}")
     if len(without := (data.labels < 0).nonzero().flatten()):
         raise UserError(
@@ -191,7 +192,7 @@ def _npz(path: Path, split: str) -> MemoryImages:
         with np.load(file, allow_pickle=False) as z:
             images = z["images"]
             labels = z["labels"] if "labels" in z.files else None
-            classes = [str(c) for c in z["classes"]] if "classes" in z.files else []
+            classes = np.atleast_1d(z["classes"]).astype(str).tolist() if "classes" in z.files else []
     except (KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{file} is not an image archive: expected `images` uint8 (N, H, W, 3); {e}") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
@@ -199,7 +200,7 @@ def _npz(path: Path, split: str) -> MemoryImages:
     if labels is not None and labels.shape != (len(images),):
         raise UserError(f"{file}: {len(images)} images but labels of shape {labels.shape}")
     if labels is not None and (labels.dtype.kind not in "iu" or labels.min() < -1):  # -1: not known
-        raise UserError(f"{file}: `labels` must be integers from 0 on, found {labels.dtype}, such as {labels[0]}")
+        raise UserError(f"{file}: `labels` must be integers from 0 on, found {labels.dtype}, such as {labels.min()}")
     from ..recipe import data_name
 
     return MemoryImages(

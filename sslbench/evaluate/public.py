@@ -110,8 +110,8 @@ def to_encoder(tree: Any, where: str) -> tuple[VisionTransformer, str]:
         has = ", ".join(map(str, tree))[:200]
         raise UserError(f"{where}: no weights in it of a Vision Transformer known here, no '{MARKER}'; found {has}")
     place = preferred(found)
-    if len(found) > 1:
-        others = ", ".join(p.rstrip(".") or "the top" for p in found if p != place)
+    if len(found) > 1 or LEARNER.search(place):
+        others = ", ".join(p.rstrip(".") or "the top" for p in found if p != place) or "a teacher's: it has none"
         warnings.warn(f"{where}: the weights of {place.rstrip('.') or 'the top'} are taken, not {others}", stacklevel=2)
     if odd := [k for k in found[place] if k.startswith(FOREIGN)]:
         raise UserError(f"{where} is not a plain ViT: it has {', '.join(odd[:3])}")
