@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data.auto_augment import rand_augment_transform
@@ -33,6 +34,7 @@ from sslbench.evaluate.finetune import (
 )
 from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.recipe import Augment, read_tree, recipe_files
+from sslbench.train.diagnose import CollapseMeters
 from sslbench.train.optim import layer_groups
 from sslbench.vit import ARCHS, VisionTransformer, initialise
 
@@ -114,6 +116,16 @@ def test_cutmix_pastes_a_box_and_shares_targets_by_its_area():
     (mine, other), share = labels[:2].tolist(), 1 - pasted[0].float().mean().item()
     if mine != other:
         assert views["targets"][0][mine].item() == pytest.approx(share, abs=0.02)
+
+
+def test_meters_read_features_as_evaluations_do_and_leave_the_model_and_its_draws_alone():
+    model, fabric = classifier(drop_path=0.9), Fabric(accelerator="cpu", devices=1)
+    meters = CollapseMeters(open_split("builtin", "train"), model, torch.device("cpu"), 32)
+    model.forward(views_of(model)[0])  # which leaves draws of eight images
+    state = torch.get_rng_state()
+    seen = meters.read(model, fabric)
+    assert model.encoder.training and torch.get_rng_state().equal(state)
+    assert meters.read(model.eval(), fabric) == seen and not model.encoder.training
 
 
 @pytest.mark.parametrize("mode", ["pixel", "const"])
@@ -213,8 +225,9 @@ def test_the_number_of_images_a_pass_leaves_fine_tuning_alone(run_here, few_imag
     """Mixup, erasing and dropped paths are drawn by an image's place in the step, not in its pass."""
     found = {}
     for micro in (32, 8):
-        done = run_here(*SMOKE[:-2], "--set", "science.batch_size=32", "--set", "science.epochs=0.2", "--set",
-                        "science.mix_batch=16", "--set", f"machine.micro_batch={micro}", "--set", "machine.precision=32", home=tmp_path)  # fmt: skip
+        sets = ["science.batch_size=32", "science.epochs=0.2", "science.mix_batch=16", "machine.precision=32"]
+        words = [word for s in (*sets, f"machine.micro_batch={micro}") for word in ("--set", s)]
+        done = run_here(*SMOKE[:-2], *words, home=tmp_path)
         assert done.returncode == 0, done.stderr
         (run,) = (tmp_path / "runs").glob("finetune_*")
         found[micro] = load_file(run / "weights.safetensors")

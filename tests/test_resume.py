@@ -1,5 +1,6 @@
 """Exactness: a run killed at any instant and resumed ends with the weights of an undisturbed one, bit for bit."""
 
+import errno
 import json
 import os
 import random
@@ -12,6 +13,9 @@ import time
 
 import pytest
 from safetensors.torch import load_file
+
+from sslbench.errors import UserError
+from sslbench.train.run import hold
 
 COMMAND = ["pretrain", "ocl", "--recipe", "ocl_smoke", "--epochs", "1", "--batch-size", "64", "--set",
            "machine.save_every=3", "--set", "machine.log_every=2", "--set", "machine.tensorboard=false"]  # fmt: skip
@@ -173,6 +177,20 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(undisturbed, run_here, e
     done = run_here(*COMMAND, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert same_weights(whole, folder)
+
+
+def test_one_process_trains_in_a_folder_and_a_file_system_without_locks_says_so(monkeypatch, tmp_path):
+    lock = hold(tmp_path)
+    with pytest.raises(UserError, match="another process is training"):
+        hold(tmp_path)
+    os.close(lock)
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)  # as some network file systems do
+    with pytest.warns(UserWarning, match=r"has no locks \(No locks available\)"):
+        os.close(hold(tmp_path))
 
 
 def test_a_non_finite_step_stops_before_the_weights_move(run_here, tmp_path):
