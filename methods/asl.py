@@ -13,8 +13,7 @@ Where the paper does not say, and what is done here (each a switch):
                  alignment, cost 2x and 1.5x and so must train the second branch: `both_mean`.
   l1_reduction   the norm of Eq. 9: mean over a patch's values, which keeps weight 1 comparable with the pixel loss.
   aee_norm       a LayerNorm of its own after the extra layer, which takes the encoder's output after its final norm.
-  dle_p          SimCSE's dropout of .1, on the projected patches before positions, in both passes. Too large
-                 to be drawn for a whole batch on each device: these draws alone differ with how a batch is divided.
+  dle_p          SimCSE's dropout of .1, on the projected patches before positions, in both passes.
   cls_align      the "[cls] align" of section 4.6: L1 between the decoder's CLS rows.
 """
 
@@ -27,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sslbench.decoder import Decoder
+from sslbench.draws import rand_each
 from sslbench.losses import float32, normalise_patches, patch_mse
 from sslbench.masking import n_kept, random_order
 from sslbench.method import Method, MethodConfig
@@ -85,8 +85,7 @@ class ASL(Method):
         if c.augmentation == "dle":
             shape = (b, self.n_kept, self.encoder.arch.dim)
             for branch in ("ori", "aug") if c.dle_on == "both" else ("aug",):
-                draw = torch.rand(shape, generator=generator, device=generator.device)
-                views[f"kept_{branch}"] = (draw >= c.dle_p).to(images.device)
+                views[f"kept_{branch}"] = (rand_each(shape, generator) >= c.dle_p).to(images.device)
         return views
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -98,6 +98,8 @@ def ablate(
 
     ablation = read_ablation(table)
     recipes = row_recipes(ablation, scale, seed, data, sets)  # all of them: a wrong row stops before the first runs
+    if not dry_run and any(r.machine.devices * r.machine.nodes > 1 for r in recipes.values()):
+        raise UserError("ablate trains and measures its rows in one process: leave machine.devices and nodes out")
     at, rows = ablation.at(scale), []
     reported = _reported(table)
     first = next(iter(recipes.values())).science

@@ -14,11 +14,22 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from .errors import Interrupted, RunFailed, UserError, full, is_full
-from .train.launch import first_process
+from .train.launch import first_process, leave_to_first, refuse_several
+
+TOGETHER = ("pretrain", "eval", "transfer")  # what torchrun and srun may start as several processes
+ALONE = ("ablate", "quickstart", "study", "plan", "bench")  # more than one training, or its speed; else one does it
 
 
 class Group(TyperGroup):
     """Turns the suite's errors into one message on standard error and the exit status that fits."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in ALONE:
+            refuse_several(name)
+        elif ctx.parent is None and name not in TOGETHER:
+            leave_to_first()
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         err = Console(stderr=True, highlight=False, soft_wrap=True)

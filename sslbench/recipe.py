@@ -191,6 +191,11 @@ class Batch(BaseModel):
             return cls._exact(
                 s.batch_size, m.micro_batch or s.batch_size // world, world, compared, "machine.micro_batch"
             )
+        if gathers and compared % world:
+            raise UserError(
+                f"{recipe.method} compares {compared} images over all devices, which {world} device(s) do not divide; "
+                f"change science.contrastive_batch, --batch-size or machine.devices"
+            )
         group = compared // world if gathers else compared  # images of a device that one loss compares
         batch = cls._exact(s.batch_size, group, world, compared, "science.contrastive_batch")
         if m.micro_batch in (None, group):

@@ -92,12 +92,13 @@ def test_info_nce_is_the_cross_entropy_of_cosines():
 # ---------------------------------------------------------------------------------------------- through the command
 
 
-@pytest.mark.parametrize("name", ["asl", "ccmim", "macrl", "mae", "mocov3", "ocl"])
+@pytest.mark.parametrize("name", ["asl", "asl dle", "ccmim", "macrl", "mae", "mocov3", "ocl"])
 def test_a_run_in_small_passes_is_the_run_in_one(name, invoke, tiny_arch, tmp_path):
     """The draws too: accumulation, or gradient caching where a loss compares images, changes only the rounding."""
-    weights = []
+    weights, (name, *branch) = [], name.split()
+    more = [word for value in branch for word in ("--set", f"science.method.augmentation={value}")]
     for micro in (32, 8):
-        args = ["pretrain", name, "--recipe", f"{name}_smoke", *tiny_arch]
+        args = ["pretrain", name, "--recipe", f"{name}_smoke", *tiny_arch, *more]
         args += ["--batch-size", 32, "--epochs", 0.032, "--out", micro]
         for key in (f"micro_batch={micro}", "precision=32", "tensorboard=false", "log_every=1"):
             args += ["--set", f"machine.{key}"]

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import METHODS
 
@@ -16,6 +17,7 @@ from sslbench.errors import UserError
 from sslbench.pretrain import compose
 from sslbench.train.job import Job
 from sslbench.train.shard import shards
+from sslbench.train.state import save_checkpoint
 
 # Phases [name, processes, strategy, methods], the methods in turn in each process, on a ViT of two blocks. Under
 # torchrun this is one of its processes; else it forks them, since to start them takes longer than to train.
@@ -206,6 +208,128 @@ def test_what_started_the_processes_and_what_the_recipe_says_must_agree(env, arg
     assert done.exit_code == 2 and says in done.stderr and "Traceback" not in done.stderr
     assert says or not done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["eval knn", "eval linprobe", "eval robustness", "report", "doctor", "inspect"])
+def test_what_one_process_measures_the_others_leave_to_it(command, invoke, monkeypatch, tmp_path):
+    for name, value in {**SRUN, "SLURM_PROCID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = invoke(*command.split(), "--json")
+    assert (done.exit_code, done.output, list(tmp_path.iterdir())) == (0, "", [])
+
+
+def test_several_processes_that_measure_write_one_line(invoke, few_images, monkeypatch, tmp_path):
+    for rank in "01":
+        for name, value in {
+            "TORCHELASTIC_RUN_ID": "x",
+            "WORLD_SIZE": "2",
+            "GROUP_WORLD_SIZE": "1",
+            "RANK": rank,
+        }.items():
+            monkeypatch.setenv(name, value)
+        done = invoke("eval", "knn", "untrained:vit_mini4@16", "--data", "builtin", "--set", "science.k=[20]", "--json")
+        assert done.exit_code == 0, done.stderr
+        assert (json.loads(done.stdout)["metric"] == "knn_top1") if rank == "0" else not done.output
+    assert len((tmp_path / "results/ledger/untrained.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["ablate asl_t7", "quickstart", "plan mae", "bench mae"])
+@pytest.mark.parametrize("rank", "01")
+def test_what_trains_more_than_one_run_is_refused_to_several_processes(command, rank, invoke, monkeypatch, tmp_path):
+    for name, value in {**SRUN, "SLURM_PROCID": rank}.items():
+        monkeypatch.setenv(name, value)
+    done = invoke(*command.split())
+    assert done.exit_code == 2 and not list(tmp_path.iterdir())
+    assert ("srun started 2 processes" in done.stderr) == (rank == "0") and len(done.stderr.splitlines()) <= 1
+
+
+def test_an_ablation_over_several_devices_is_refused(invoke, tmp_path):
+    done = invoke("ablate", "asl_t7", "--set", "machine.devices=2")
+    assert done.exit_code == 2 and "leave machine.devices" in done.stderr and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(3, 9900), (3, 100), (8, 100)])
+def test_images_that_one_loss_compares_divide_over_the_devices_or_are_refused(devices, batch, invoke):
+    """Never 99 of them under a hash that says 100."""
+    done = invoke("pretrain", "ocl", "--recipe", "ocl_smoke", "--batch-size", batch, "--devices", devices,
+                  "--dry-run", "--set", "science.contrastive_batch=100",
+                  "--set", "science.method.gather_negatives=true")  # fmt: skip
+    assert done.exit_code == 2 and f"compares 100 images over all devices, which {devices}" in done.stderr
+
+
+AGREE = """
+import json, multiprocessing, os, socket, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.plugins.environments import LightningEnvironment
+from rich.console import Console
+from sslbench.data import open_split
+from sslbench.data.loader import MicroBatches
+from sslbench.errors import RunFailed
+from sslbench.method import get_method
+from sslbench.pretrain import compose
+from sslbench.train import loop
+from sslbench.train.run import newest
+
+def fabric(*_):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    return Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[LightningEnvironment(), precision])
+
+def outcome(f, *args):
+    try:
+        return f(*args)
+    except RunFailed as e:
+        return str(e)
+
+def agree(rank, port):
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    mae = get_method("mae")
+    honest = mae.loss
+    mae.loss = lambda self, x: {k: v * (float("nan") if rank else 1) for k, v in honest(self, x).items()}
+    loop.make_fabric = fabric
+    sets = ["science.batch_size=16", "science.epochs=0.08", "machine.log_every=5", "machine.tensorboard=false"]
+    recipe = compose("mae", recipe="mae_smoke", sets=sets, machine={"devices": 2})
+    found = {"fp16": outcome(loop.pretrain, recipe, Path("fp16"), Console(quiet=True), False)}
+    run = SimpleNamespace(fabric=(f := fabric()), checkpoints=Path(f"checkpoints{rank}"))
+    f.launch()
+    found["step"] = outcome(lambda: newest(run)[0])
+    loader = MicroBatches(open_split("builtin", "train"), seed=0, micro=4, world=2, accumulation=1, rank=rank,
+                          device=f.device, crops=1, image_size=16, crop_scale=(1, 1), workers=0, distort=str)
+    loader.corrupt = {3, 4} if rank else {0, 1, 2}  # each fewer than a thousandth of 4,000
+    found["corrupt"] = outcome(loader.check_corrupt)
+    Path(f"found{rank}").write_text(json.dumps(found))
+
+with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    port = s.getsockname()[1]
+fork = multiprocessing.get_context("fork")
+processes = [fork.Process(target=agree, args=(rank, port)) for rank in range(2)]
+for p in processes:
+    p.start()
+for p in processes:
+    p.join()
+assert not any(p.exitcode for p in processes)
+"""
+
+
+def test_processes_agree_on_what_one_of_them_finds(tmp_path, environment):
+    """A loss that is not finite under fp16, where gradients may overflow; a damaged checkpoint; unreadable files."""
+    for rank in (0, 1):
+        for step in (10, 20):
+            save_checkpoint(tmp_path / f"checkpoints{rank}", step, {"step": torch.tensor(step)})
+    (tmp_path / "checkpoints0/step_000000020.sha256").unlink()  # the first process goes back to 10
+    (tmp_path / "agree.py").write_text(AGREE)
+    done = subprocess.run([sys.executable, "agree.py"], cwd=tmp_path, capture_output=True, text=True, timeout=400,
+                          env=environment(tmp_path, {"OMP_NUM_THREADS": "1"}))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"found{rank}").read_text()) for rank in (0, 1))
+    assert first["step"] == second["step"] == 10
+    assert "5 of 4000 images cannot be read" in first["corrupt"] and first["corrupt"] == second["corrupt"]
+    assert first["fp16"] == second["fp16"] and "not finite at or before step 1" in first["fp16"]
 
 
 SMALL = ["science.data.image_size=224", "science.method.gather_negatives=true", "machine.devices=2"]

@@ -1,6 +1,8 @@
 """Exactness: a run killed at any instant and resumed ends with the weights of an undisturbed one, bit for bit."""
 
+import errno
 import json
+import os
 import random
 import resource
 import shutil
@@ -11,6 +13,9 @@ import time
 
 import pytest
 from safetensors.torch import load_file
+
+from sslbench.errors import UserError
+from sslbench.train.run import hold
 
 COMMAND = ["pretrain", "ocl", "--recipe", "ocl_smoke", "--epochs", "1", "--batch-size", "64", "--set",
            "machine.save_every=3", "--set", "machine.log_every=2", "--set", "machine.tensorboard=false"]  # fmt: skip
@@ -66,6 +71,45 @@ def test_sigkill_at_random_instants_changes_nothing(undisturbed, run_here, tmp_p
     assert steps == [json.loads(line)["step"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
 
 
+def rewound(run, folder):
+    """A copy of a finished run as it was before the last of its checkpoints."""
+    shutil.copytree(run, folder)
+    newest = max((folder / "checkpoints").glob("*.pt"))
+    for path in (folder / "weights.safetensors", newest, newest.with_suffix(".sha256")):
+        path.unlink()
+    info = json.loads((folder / "run.json").read_text())
+    info.pop("record", None)
+    (folder / "run.json").write_text(json.dumps({**info, "status": "running"}))
+
+
+SMALL = ["--set", "science.batch_size=16", "--set", "science.epochs=2", "--set", "machine.save_every=3",
+         "--set", "machine.tensorboard=false", "--json"]  # fmt: skip
+DECODES = {  # fine-tuning is the one whose model draws too: which paths it drops
+    "mae": ["pretrain", "mae", "--recipe", "mae_smoke"],
+    "finetune": ["eval", "finetune", "untrained:vit_mini4@16", "--recipe", "finetune_smoke",
+                 "--set", "science.drop_path=0.5"],
+    "linprobe": ["eval", "linprobe", "untrained:vit_mini4@16", "--recipe", "linprobe_mae",
+                 "--set", "science.warmup_epochs=0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DECODES)
+def test_every_job_that_decodes_files_is_resumed_exactly(kind, run_here, image_folder, tmp_path):
+    """Within an epoch, and whether or not processes decode: a loader draws nothing from what the model draws from."""
+    command, values = [*DECODES[kind], *SMALL, "--data", f"folder:{image_folder}"], []
+    homes = tmp_path / "whole", tmp_path / "killed"
+    for home, workers in zip(homes, (0, 1), strict=True):
+        home.mkdir(exist_ok=True)
+        done = run_here(*command, "--set", f"machine.workers={workers}", home=home)
+        assert done.returncode == 0, done.stderr
+        values.append(json.loads(done.stdout.splitlines()[-1]).get("value"))
+        (run,) = (home / "runs").glob(f"{kind}_*")
+        if home == homes[0]:
+            rewound(run, homes[1] / "runs" / run.name)
+    assert json.loads((run / "run.json").read_text())["resumed"] == 1
+    assert same_weights(homes[0] / "runs" / run.name, run) and values[0] == values[1]
+
+
 def test_sigterm_saves_exits_130_and_resumes(undisturbed, run_sslbench, tmp_path, environment):
     whole, _ = undisturbed
     process = start(tmp_path, environment(tmp_path))
@@ -82,6 +126,38 @@ def test_sigterm_saves_exits_130_and_resumes(undisturbed, run_sslbench, tmp_path
     done = run_sslbench(*COMMAND, home=tmp_path)
     assert done.returncode == 0 and "falling back" in done.stderr, done.stderr
     assert same_weights(whole, folder)
+
+
+def members(group):
+    return subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("devices", "numbers"), [(1, [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]), (2, [signal.SIGINT])]
+)
+def test_a_signal_to_all_processes_saves_and_exits_130(devices, numbers, run_here, environment, image_folder, tmp_path):
+    """Ctrl-C, scancel and a cluster's warning reach the processes that decode too, in the middle of a step."""
+    command = ["pretrain", "mae", "--recipe", "mae_smoke", "--data", f"folder:{image_folder}", "--out", "run",
+               "--batch-size", "16", "--epochs", "40", "--devices", devices]  # fmt: skip
+    for key in (f"micro_batch={4 // devices}", "workers=2", "save_every=2", "log_every=1", "tensorboard=false"):
+        command += ["--set", f"machine.{key}"]
+    process = subprocess.Popen([sys.executable, "-m", "sslbench", *map(str, command)], cwd=tmp_path, text=True,
+                               env=environment(tmp_path), stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    while not list(tmp_path.glob("run/checkpoints/*.sha256")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    for number in numbers:
+        os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    info = json.loads((tmp_path / "run/run.json").read_text())
+    assert process.returncode == 130 and "resumes" in said and "Traceback" not in said, said
+    assert info["status"] == "interrupted" and 2 <= info["step"] < 80
+    ended = time.monotonic()
+    while left := members(process.pid):  # what decoded ends with the run
+        assert time.monotonic() < ended + 20, left
+        time.sleep(0.1)
+    if devices == 1:
+        assert run_here(*command, "--set", "machine.workers=0", home=tmp_path).returncode == 0
 
 
 def test_a_full_disk_is_one_message_and_nothing_is_lost(undisturbed, run_here, environment, tmp_path):
@@ -101,6 +177,20 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(undisturbed, run_here, e
     done = run_here(*COMMAND, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert same_weights(whole, folder)
+
+
+def test_one_process_trains_in_a_folder_and_a_file_system_without_locks_says_so(monkeypatch, tmp_path):
+    lock = hold(tmp_path)
+    with pytest.raises(UserError, match="another process is training"):
+        hold(tmp_path)
+    os.close(lock)
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)  # as some network file systems do
+    with pytest.warns(UserWarning, match=r"has no locks \(No locks available\)"):
+        os.close(hold(tmp_path))
 
 
 def test_a_non_finite_step_stops_before_the_weights_move(run_here, tmp_path):

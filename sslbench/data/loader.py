@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import random
+import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from ..draws import seed_of
 from ..errors import RunFailed, UserError
 from ..provenance import cores
 from ..views import centred, place_boxes, resize_centre
@@ -25,12 +28,8 @@ from .images import ImageSet, MemoryImages, NoImage, PackedImages, rgb
 
 T = TypeVar("T")
 Box = tuple[int, int, int, int]  # top, left, height, width
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what asks a run to stop; the last is a cluster's warning
 CORRUPT_LIMIT = 0.001  # the share of a data set's files that may be unreadable
-
-
-def seed_of(*key: int | str) -> int:
-    """A 63-bit seed that is a function of the key, well mixed."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -41,12 +40,32 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 def decoders(workers: int, device: torch.device) -> dict[str, Any]:
     """DataLoader's arguments for that many processes that read images, or as many as there are cores."""
     workers = min(workers, cores())
+    if workers:
+        _shield()
     return {
         "num_workers": workers,
         "pin_memory": device.type == "cuda",
         # The main process holds threads and, with a GPU, a CUDA context: forking it is not safe.
         "multiprocessing_context": "forkserver" if workers else None,
+        # An iterator draws a seed when it is made: not from where the model draws, so that one made on resuming
+        # changes nothing.
+        "generator": torch.Generator(),
     }
+
+
+def _shield() -> None:
+    """Start the server that loader processes are forked from, deaf to the signals that ask a run to stop.
+
+    Its children inherit that. A terminal, scancel and a cluster's warning reach every process of a group: the step
+    that goes on until it is saved still needs its images. The children end with the iterator, or with this process.
+    """
+    # The tracker first: the server would start it, and that leaves signals unblocked.
+    for start in (resource_tracker.ensure_running, forkserver.ensure_running):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class MicroBatches:
@@ -103,7 +122,7 @@ class MicroBatches:
                 start = begin + (a * self.world + self.rank) * self.micro
                 yield epoch, order[start : start + self.micro]
 
-    def __call__(self, first: int, last: int) -> Iterator[Any]:
+    def __call__(self, first: int, last: int) -> Generator[Any]:
         if self.resident is not None:
             for _, index in self.indices(first, last):
                 images = self.resident[index]
@@ -116,17 +135,27 @@ class MicroBatches:
             **decoders(self.workers, self.device),
         )
         batches = iter(loader)
-        for _ in range((last - first) * self.accumulation):
-            begin = time.perf_counter()
-            images, labels, corrupt = _received(next(batches))
-            self.wait_s += time.perf_counter() - begin
-            self._count(corrupt)
-            images = images.to(self.device, non_blocking=True)
-            yield (images, labels.to(self.device, non_blocking=True)) if self.labelled else images
+        try:
+            for _ in range((last - first) * self.accumulation):
+                begin = time.perf_counter()
+                images, labels, corrupt = _received(next(batches))
+                self.wait_s += time.perf_counter() - begin
+                self.corrupt.update(corrupt)
+                if corrupt and self.world == 1:
+                    self.check_corrupt()
+                images = images.to(self.device, non_blocking=True)
+                yield (images, labels.to(self.device, non_blocking=True)) if self.labelled else images
+        finally:
+            del batches  # and its processes, though a traceback may hold this frame
 
-    def _count(self, corrupt: list[int]) -> None:
-        self.corrupt.update(corrupt)
-        if corrupt and len(self.corrupt) > CORRUPT_LIMIT * len(self.data):
+    def check_corrupt(self) -> None:
+        """RunFailed where too many files of the set could not be read; of several ranks, to be asked by all together,
+        each of which knows those that it came upon."""
+        if self.world > 1 and self.resident is None:
+            found: list[Any] = [None] * self.world
+            dist.all_gather_object(found, self.corrupt)
+            self.corrupt.update(*found)
+        if len(self.corrupt) > CORRUPT_LIMIT * len(self.data):
             raise _too_many(self.data, self.corrupt)
 
 

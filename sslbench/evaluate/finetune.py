@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageOps
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from safetensors.torch import save as safetensors_bytes
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
-from timm.data.mixup import Mixup
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..data import ImageSet
 from ..data.loader import evaluation_batches, host_seed
+from ..draws import numbered, rand, seed_of
 from ..errors import UserError
 from ..method import Method
 from ..recipe import Augment, Batch, Epochs, Optim, Strict
@@ -60,11 +62,20 @@ class Finetune(Strict):
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's words; `original` is AutoAugment; None: neither
     erase_p: float = Field(0.25, ge=0, le=1)
     erase_mode: Literal["pixel", "const"] = "pixel"  # const: CutOut's
+    mix_batch: int = Field(32, gt=0, multiple_of=2)  # images that share a draw of mixup or CutMix; MAE's images a GPU
     mixup: float = Field(0.8, ge=0)
     cutmix: float = Field(1.0, ge=0)
     mix_p: float = Field(1.0, ge=0, le=1)
     mix_switch: float = Field(0.5, ge=0, le=1)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, tree: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where nothing is mixed, mix_batch is no part of the protocol, nor of its hash."""
+        science = tree(self)
+        if not (self.mixup or self.cutmix):
+            science.pop("mix_batch")
+        return science
 
 
 @dataclass
@@ -96,6 +107,52 @@ def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
 
 
+class DrawnPath(DropPath):
+    """timm's drop path by draws (B,) in 0..1 that it is given, so that they are each image's own."""
+
+    draws: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.draws is None or not self.drop_prob:
+            return x
+        keep = (self.draws >= self.drop_prob).to(x.dtype) / (1 - self.drop_prob)
+        return x * keep[:, None, None]
+
+
+def erase_(x: Tensor, erase: RandomErasing, seed: int, numbers: range) -> None:
+    """timm's random erasing of images (B, 3, H, W) in place, drawn by a seed for each: the step's, and its number."""
+    with host_seed(seed), torch.random.fork_rng([x.device] if x.is_cuda else []):  # what timm draws from
+        for image, number in zip(x, numbers, strict=True):
+            own = seed_of("erase", seed, number)
+            random.seed(own)
+            torch.manual_seed(own)
+            erase(image)
+
+
+def mixed(x: Tensor, targets: Tensor, mix: Mixup, together: int, seed: int, numbers: range) -> tuple[Tensor, Tensor]:
+    """timm's mixup or CutMix of images 2 i and 2 i + 1 of the step: images (B, 3, H, W), targets (B, classes).
+
+    One draw for every `together` images of the step, in whichever passes they come. Of a batch in random order, these
+    pairs are as good as timm's, which are the first with the last.
+    """
+    other, others = (a.unflatten(0, (-1, 2)).flip(1).flatten(0, 1) for a in (x, targets))
+    x, targets = x.clone(), targets.clone()
+    begin = 0
+    while begin < len(x):
+        group, place = divmod(numbers[begin], together)
+        rows = slice(begin, min(len(x), begin + together - place))
+        with host_seed(seed_of("mix", seed, group)):
+            share, cuts = mix._params_per_batch()
+            if cuts:
+                (top, bottom, left, right), share = cutmix_bbox_and_lam(x.shape, share)
+                x[rows, :, top:bottom, left:right] = other[rows, :, top:bottom, left:right]
+            else:
+                x[rows] = x[rows].lerp(other[rows], 1 - share)
+        targets[rows] = targets[rows].lerp(others[rows], 1 - share)
+        begin = rows.stop
+    return x, targets
+
+
 class Classifier(Method):
     """An encoder with a head, trained end to end. pool mean: fc_norm on the mean of patches, no final norm (MAE)."""
 
@@ -113,7 +170,7 @@ class Classifier(Method):
         blocks: Any = encoder.blocks
         for i, block in enumerate(blocks):
             rate = science.drop_path * i / max(1, len(blocks) - 1)
-            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+            block.drop_path1, block.drop_path2 = DrawnPath(rate), DrawnPath(rate)
         self.mix = None
         if science.mixup or science.cutmix:
             self.mix = Mixup(
@@ -121,8 +178,6 @@ class Classifier(Method):
                 science.cutmix,
                 prob=science.mix_p,
                 switch_prob=science.mix_switch,
-                label_smoothing=science.label_smoothing,
-                num_classes=classes,
             )
 
     def build_views(
@@ -132,17 +187,21 @@ class Classifier(Method):
         assert labels is not None
         s = self.science
         x = one_view(images, self.encoder.image[0], self.augment, generator)
-        with host_seed(generator.initial_seed()):  # timm's two draw from `random` and numpy
-            if s.erase_p:
-                x = RandomErasing(s.erase_p, mode=s.erase_mode, max_count=1, device=x.device.type)(x)
-            if self.mix:
-                x, targets = self.mix(x, labels)
-                return {"images": x, "targets": targets}
         off = s.label_smoothing / self.classes
         targets = F.one_hot(labels, self.classes) * (1.0 - s.label_smoothing) + off
-        return {"images": x, "targets": targets}
+        seed, numbers = numbered(len(x), generator)
+        if s.erase_p:
+            erase_(x, RandomErasing(s.erase_p, mode=s.erase_mode, max_count=1, device=x.device.type), seed, numbers)
+        if self.mix:
+            x, targets = mixed(x, targets, self.mix, s.mix_batch, seed, numbers)
+        paths = rand((len(x), len(self.encoder.blocks), 2), generator).to(x.device) if s.drop_path else None
+        return {"images": x, "targets": targets, **({} if paths is None else {"paths": paths})}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "paths" in views:
+            blocks: Any = self.encoder.blocks
+            for block, draws in zip(blocks, views["paths"].unbind(1), strict=True):
+                block.drop_path1.draws, block.drop_path2.draws = draws.unbind(1)
         return {"logits": self.logits(views["images"]), "targets": views["targets"]}
 
     def logits(self, images: Tensor) -> Tensor:
@@ -167,7 +226,10 @@ class FinetuneJob(LabelledJob):
     def batch(self) -> Batch:
         batch = super().batch()
         if (self.science.mixup or self.science.cutmix) and batch.micro % 2:
-            raise UserError(f"mixup pairs the images of a pass, so their number must be even, not {batch.micro}")
+            raise UserError(
+                f"mixup pairs the images of a pass, so their number must be even, not {batch.micro}: change "
+                f"science.batch_size or machine.micro_batch"
+            )
         return batch
 
     def build(self) -> Classifier:

@@ -28,7 +28,7 @@ from ..recipe import (
 )
 from ..stats import mean_interval
 from ..train.device import default_device
-from ..train.launch import alone, launched
+from ..train.launch import alone, launched, leave_to_first
 from ..train.loop import fit
 from ..train.run import read_run
 from ..train.state import sha256_file, write_json
@@ -84,6 +84,8 @@ def evaluate_named(
 ) -> dict[str, Any]:
     """`sslbench eval`: the newest run where none is named, the run's own data where none is given."""
     protocol = recipe.science.protocol
+    if not isinstance(recipe.science, Finetune | AugmentedProbe):
+        leave_to_first()
     if run is None:
         run = str(newest_run(kind="finetune" if protocol == "robustness" else "pretrain"))
         console.print(f"the newest finished run: {run}")

@@ -60,8 +60,11 @@ class CollapseMeters:
 
     @torch.no_grad()
     def read(self, method: Method, fabric: Fabric) -> dict[str, float]:
+        encoder, training = method.encoder, method.encoder.training
+        encoder.eval()  # an evaluation drops no path
         with fabric.autocast():
-            features = pool_tokens(method.encoder(self.images), method.pool)
+            features = pool_tokens(encoder(self.images), method.pool)
+        encoder.train(training)
         return {k: v.item() for k, v in collapse(features.float()).items()}
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
+
+AGAIN_S = 1.0  # after which a second SIGINT is another
 
 
 class FiniteGuard:
@@ -39,10 +42,14 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.first_s: float | None = None  # when the first SIGINT came
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:  # a second Ctrl-C means now; a cluster sends several signals
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            # A second Ctrl-C means now, unless it is the first again, which torchrun sends on to its processes.
+            self.first_s = self.first_s or time.monotonic()
+            if time.monotonic() > self.first_s + AGAIN_S:
+                raise KeyboardInterrupt
         if not self.requeue:
             self.received = signal.Signals(number).name
 

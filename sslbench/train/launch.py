@@ -59,6 +59,23 @@ def agree(machine: Machine) -> None:
         )
 
 
+def leave_to_first() -> None:
+    """For what one process does: the others that were started with it end here."""
+    if not first_process():
+        raise SystemExit(0)
+
+
+def refuse_several(command: str) -> None:
+    """UserError where several processes were started for a command that trains more than one run, or times one."""
+    if found := launched():
+        if not first_process():
+            raise SystemExit(2)
+        raise UserError(
+            f"{found[0]} started {found[1] * found[2]} processes, and `sslbench {command}` is for one: start it by "
+            f"itself. `sslbench pretrain`, `eval` and `transfer` take several"
+        )
+
+
 def environment() -> ClusterEnvironment:
     """How Fabric finds the other processes."""
     from lightning_fabric.plugins import environments

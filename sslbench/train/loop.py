@@ -31,9 +31,8 @@ from .job import Job
 from .launch import agree, environment
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
-from .run import Run, check_same, hold, read_run
+from .run import Run, check_same, hold, newest, read_run
 from .shard import load_optimizer, sharding, shards, unsharded
-from .state import newest_checkpoint
 
 
 class TrainStep(nn.Module):
@@ -184,7 +183,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     total = round(per_epoch * job.epochs)
     save_every = machine.saves_every(per_epoch, total)
 
-    first, state = newest_checkpoint(run.checkpoints) or (0, None)
+    first, state = newest(run)
     if state:
         with of_this(run, first):
             method.load_state_dict(state["method"])
@@ -228,8 +227,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
 
         return views
 
-    micro_batches = loader(first, total)
-    with progress_bar(console, progress) as bar:
+    with contextlib.closing(loader(first, total)) as micro_batches, progress_bar(console, progress) as bar:
         task = bar.add_task(run.label, total=total, completed=first, note="")
         for step in range(first, total):
             # Anything a model draws on its own (drop path) is a function of the step too.
@@ -262,7 +260,9 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 nn.utils.clip_grads_with_norm_(method.parameters(), job.optim.clip_grad, norm)
             if sharded:
                 norm = norm.full_tensor()
-            guard.check(mean["loss"] if scaler is not None else norm)
+            # fp16's norm may be infinite, and is left out then; a loss is of one device, a gradient of all.
+            finite: Any = norm if scaler is None else fabric.all_reduce(mean["loss"])
+            guard.check(finite)
             optimizer.step()
             optimizer.zero_grad()
             method.after_step((step + 1) / total)
@@ -274,6 +274,8 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             log = last or run.steps % machine.log_every == 0
             stop = signals.asked(fabric, log)
             save = last or stop or run.steps % save_every == 0
+            if (log or save) and batch.world > 1:
+                loader.check_corrupt()
             # Only here does the host wait for the device (a CPU keeps nobody waiting).
             if (log or save or fabric.device.type == "cpu") and guard.tripped():
                 raise RunFailed(

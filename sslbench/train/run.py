@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,19 @@ from lightning_fabric.strategies import ModelParallelStrategy
 
 from .. import provenance
 from ..data.loader import MicroBatches
-from ..errors import UserError
+from ..errors import RunFailed, UserError
 from ..recipe import dump
 from .job import Job
 from .shard import whole_moments, whole_weights
-from .state import save_checkpoint, sha256_file, write_atomically, write_json
+from .state import (
+    checkpoint_path,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    sha256_file,
+    write_atomically,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from .loop import TrainStep
@@ -127,6 +137,25 @@ class Run:
         self.fabric.barrier()
 
 
+def newest(run: Run) -> tuple[int, dict[str, Any] | None]:
+    """(step, state) of the newest checkpoint that is whole, (0, None) without one. The first process chooses.
+
+    To be called on every device. RunFailed where one cannot read what was chosen.
+    """
+    found = newest_checkpoint(run.checkpoints) if run.fabric.is_global_zero else None
+    step = run.fabric.broadcast(found[0] if found else None)
+    if step is None or found:
+        return found or (0, None)
+    path = checkpoint_path(run.checkpoints, step)
+    try:
+        return step, load_checkpoint(path)
+    except (ValueError, OSError) as e:
+        raise RunFailed(
+            f"the first process goes on from {path}, and process {run.fabric.global_rank} cannot read it ({e}): "
+            f"all of them need the same run folder, on a file system that they share"
+        ) from None
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json, or {} where the folder holds no run. A folder with other things in it is refused."""
     path = folder / "run.json"
@@ -160,7 +189,15 @@ def hold(folder: Path) -> int:
     descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise UserError(f"another process is training in {folder}") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        warnings.warn(  # a lock file of our own would outlive a killed run, which the same command is to resume
+            f"the file system of {folder} has no locks ({e.strerror}), so nothing keeps a second process from training "
+            f"there: see to it that only one does",
+            stacklevel=2,
+        )
     return descriptor

@@ -65,12 +65,16 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:09d}.pt"
+
+
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write `folder/step_<step>.pt` and its checksum, and remove all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*.part"):  # of a process that was killed while writing
         left.unlink()
-    path = folder / f"step_{step:09d}.pt"
+    path = checkpoint_path(folder, step)
     aside = folder / f".{path.name}.part"
     with whole_file(path, aside) as f:
         torch.save(state, f)

@@ -29,8 +29,8 @@ from ..recipe import Batch
 from ..train.guard import Signals
 from ..train.meter import Metrics, Running, Stopwatch, note, progress_bar
 from ..train.optim import layer_groups
-from ..train.run import Run
-from ..train.state import newest_checkpoint, save_checkpoint, sha256_file
+from ..train.run import Run, newest
+from ..train.state import save_checkpoint, sha256_file
 from .backbone import Decomposed, Table
 from .protocol import Optim
 
@@ -144,6 +144,12 @@ class Loop(IterBasedTrainLoop):
         self._iter = first  # the data loader starts there too
 
     def run(self) -> nn.Module:
+        try:
+            return self._run()
+        finally:
+            del self.dataloader_iterator  # and its processes, though a traceback may hold this loop
+
+    def _run(self) -> nn.Module:
         call, wrapper = self.runner.call_hook, self.runner.optim_wrapper
         model = self.runner.model
         call("before_train")
@@ -257,7 +263,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
     provenance.reset_peak_memory(fabric.device.type)
     model = job.build(synchronised=fabric.world_size > 1 and fabric.device.type == "cuda")
     total, per_epoch = job.total(batch.total), len(data) // batch.total
-    first, state = newest_checkpoint(run.checkpoints) or (0, None)
+    first, state = newest(run)
     if state:
         run.resume(state)
     warn(job, model, batch, console)
@@ -267,7 +273,6 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
         Drawn(data.dataset, seed),
         batch_sampler=Order(len(data), seed, batch, fabric.global_rank, first, total),  # type: ignore[arg-type]
         collate_fn=pseudo_collate,
-        generator=torch.Generator(),  # else it draws from the one that the model's draws come from
         **decoders(machine.workers, fabric.device),
     )
     save_every = machine.saves_every(per_epoch, total)
@@ -339,12 +344,7 @@ def make_runner(folder: Path, model: nn.Module, fabric: Any, **more: Any) -> Run
 
 def test(job: Any, net: nn.Module, folder: Path, fabric: Any, metric: Any) -> dict[str, float]:
     """What mmengine's `metric` says of the job's validation images, in order."""
-    loader = {
-        "batch_size": 1,
-        "num_workers": job.machine.workers,
-        "dataset": job.val.dataset,
-        "sampler": {"type": "DefaultSampler", "shuffle": False},
-    }
+    loader = DataLoader(job.val.dataset, 1, collate_fn=pseudo_collate, **decoders(job.machine.workers, fabric.device))
     more = {"test_dataloader": loader, "test_cfg": {"type": "TestLoop"}, "test_evaluator": Evaluator([metric])}
     return make_runner(folder, net, fabric, **more).test()
 
