@@ -30,7 +30,7 @@ from ..train.guard import Signals
 from ..train.meter import Metrics, Running, Stopwatch, note, progress_bar
 from ..train.optim import layer_groups
 from ..train.run import Run
-from ..train.state import newest_checkpoint, save_checkpoint, sha256_file
+from ..train.state import hashes, newest_checkpoint, save_checkpoint
 from .backbone import Decomposed, Table
 from .protocol import Optim
 
@@ -292,7 +292,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
         runner.train()
     if fabric.is_global_zero:
         job.save_weights(run.folder / "weights.safetensors", _bare(runner.model))
-        run.write("finished", weights_sha256=sha256_file(run.folder / "weights.safetensors"))
+        run.write("finished", **hashes(run.folder / "weights.safetensors"))
     fabric.barrier()
 
 
