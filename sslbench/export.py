@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from safetensors.torch import save as safetensors_bytes
 
 from .errors import UserError
 from .evaluate.features import open_subject
 from .report.tables import UNTRAINED
-from .train.state import write_atomically
+from .train.state import write_weights
 
 
 def export(run: str, format: str, out: Path | None, console: Console) -> dict[str, Any]:
@@ -46,8 +45,7 @@ def export(run: str, format: str, out: Path | None, console: Console) -> dict[st
     if target.suffix != ".safetensors":
         stem = subject.path.parent.name if subject.path and subject.run else subject.method
         target = target / f"{stem}_{format}.safetensors"
-    tensors = {k: v.contiguous() for k, v in subject.encoder.state_dict().items()}
-    write_atomically(target, safetensors_bytes(tensors, metadata))
+    write_weights(target, subject.encoder.state_dict(), metadata)
     arguments = ", ".join(f"{k}={v!r}" for k, v in kwargs.items())
     call = f'timm.create_model("{name}", checkpoint_path="{target}", {arguments})'
     console.print(str(target), markup=False)

@@ -7,8 +7,9 @@ import json
 import math
 import os
 import re
+import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,17 +36,8 @@ class Protocol(Part):
     hash: str
 
 
-class Pretrain(Part):
-    recipe_hash: str | None
-    run: str | None
-    data: str | None
-    epochs: float | None
-    images_seen: int | None
-    batch: int | None
-
-
 class Cost(Part):
-    """What the evaluation and the pre-training behind it took, together."""
+    """What something took; None where that is not known."""
 
     wall_s: float
     device_hours: float
@@ -54,8 +46,29 @@ class Cost(Part):
     joules: float | None
 
 
+class Pretrain(Part):
+    """The pre-training behind a number, as its own run.json tells it. From `data_fingerprint` on: None in old lines."""
+
+    recipe_hash: str | None
+    run: str | None
+    data: str | None
+    epochs: float | None
+    images_seen: int | None
+    batch: int | None
+    data_fingerprint: str | None = None
+    code: dict[str, Any] | None = None
+    versions: dict[str, str] | None = None
+    hardware: dict[str, Any] | None = None
+    cost: Cost | None = None
+
+
 class Record(Part):
-    """One number. Accuracies are percentages; stderr is over the n test images."""
+    """One number. Accuracies are percentages; stderr is over the n test images.
+
+    `code`, `versions` and `hardware` are the evaluation's, `pretrain` has those of the pre-training. `cost` is of both
+    together, `pretrain.cost` the pre-training's share. `weights_sha256` is of the encoder as it was pre-trained,
+    `head_sha256` of what the evaluation trained, if it did: a probe's heads, a fine-tuned model, a detector.
+    """
 
     id: str
     created: str
@@ -70,6 +83,7 @@ class Record(Part):
     protocol: Protocol
     pretrain: Pretrain
     weights_sha256: str
+    head_sha256: str | None = None
     data_fingerprint: str
     seed: int
     code: dict[str, Any]
@@ -96,14 +110,18 @@ def accuracy_stderr(percent: float, n: int) -> float:
 
 
 def append(fields: dict[str, Any]) -> Record:
-    """Add a number, and return its record. One write of one line under a lock: two processes never interleave."""
-    record = Record(id=digest(fields), **fields)
+    """Add a number, and return its record. One write of one line under a lock: two processes never interleave.
+
+    A line that was left unfinished, by a process that was killed while it wrote, is set aside with a warning.
+    """
+    record = Record(id="", **fields)
+    record.id = digest(record.model_dump(mode="json", exclude={"id"}))
     folder = ledger_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path, line = folder / f"{record.method}.jsonl", (record.model_dump_json() + "\n").encode()
-    with open(path, "ab", buffering=0) as f:
+    with open(path, "a+b", buffering=0) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        before = f.seek(0, os.SEEK_END)
+        before = _heal(path, f)
         if f.write(line) < len(line):  # the disk is full
             f.truncate(before)
             raise RunFailed(full(path))
@@ -111,15 +129,61 @@ def append(fields: dict[str, Any]) -> Record:
     return record
 
 
+def _heal(path: Path, f: BinaryIO) -> int:
+    """Make the open ledger file end with a whole line, and return its length."""
+    f.seek(0)
+    content = f.read()
+    body = content.rstrip()
+    start = body.rfind(b"\n") + 1
+    last = body[start:]
+    if not last or _is_json(last):
+        missing = b"" if content.endswith(b"\n") or not last else b"\n"
+        return len(content) + f.write(missing)
+    aside = path.with_suffix(".torn")
+    with open(aside, "ab") as torn:
+        torn.write(last + b"\n")
+        torn.flush()
+        os.fsync(torn.fileno())
+    f.truncate(start)
+    warnings.warn(f"the last line of {path} was never finished; it is set aside in {aside}", stacklevel=3)
+    return start
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def checked(fields: dict[str, Any]) -> Record:
+    """The record of a ledger line as it was read. ValueError where it is none, or not the one that was written."""
+    record = Record.model_validate(fields)
+    written = {k: v for k, v in fields.items() if k != "id"}
+    known, epochs = {digest(written)}, record.pretrain.epochs
+    if epochs is not None and epochs.is_integer():  # version 0.1 took the digest before they became a float
+        known.add(digest({**written, "pretrain": {**written["pretrain"], "epochs": int(epochs)}}))
+    if record.id not in known:
+        raise ValueError(f"its id {record.id} is not that of its content: the line was changed after it was written")
+    return record
+
+
 def read(folder: Path | None = None) -> list[Record]:
-    """Every number of every ledger file. A line that is not ours is an error that names file and line."""
+    """Every number of every ledger file. A line that is not ours is an error that names file and line.
+
+    A last line that was never finished is left out with a warning; `append` sets it aside.
+    """
     records: list[Record] = []
     seen: dict[str, str] = {}
     for path in sorted((folder or ledger_folder()).glob("*.jsonl")):
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+        if lines and not _is_json(lines[-1][1]):
+            warnings.warn(f"{path}, line {lines.pop()[0]} was never finished: its number is left out", stacklevel=2)
+        for number, line in lines:
             try:
-                record = Record.model_validate(json.loads(line))
-            except (ValueError, ValidationError) as e:
+                record = checked(json.loads(line))
+            except ValueError as e:
                 why = (
                     "; ".join(f"{'.'.join(map(str, x['loc'])) or 'line'}: {x['msg']}" for x in e.errors()[:3])
                     if isinstance(e, ValidationError)

@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import subprocess
+import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -129,3 +130,21 @@ class EnergyMeter:
         except OSError:
             return None
         return sum(found) / 1e6 if found else None
+
+
+class Spent:
+    """What an evaluation takes from when this was made."""
+
+    def __init__(self, device: str) -> None:
+        self.began, self.energy = time.perf_counter(), EnergyMeter(device)
+
+    def after(self, training: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The cost of a training and of what followed; joules None where those of either are not known."""
+        cost, wall = training or {}, time.perf_counter() - self.began
+        known = [cost.get("joules", 0.0), self.energy.read()]
+        return {
+            **cost,
+            "wall_s": cost.get("wall_s", 0.0) + wall,
+            "device_hours": cost.get("device_hours", 0.0) + wall / 3600,
+            "joules": None if None in known else sum(known),
+        }

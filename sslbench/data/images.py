@@ -71,6 +71,11 @@ class Encoded:
         """What PIL opens: a path or a file."""
         raise NotImplementedError
 
+    def stored(self, index: int) -> bytes:
+        """The bytes of the image's file; raises OSError where there is none."""
+        file = self.encoded(index)
+        return file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+
     def read(self, index: int) -> Image.Image:
         """The image by `rgb`. OSError: it is corrupt, which is tolerated in few; UserError: it has no known scale."""
         return self.use(index, rgb)
@@ -113,6 +118,9 @@ class MemoryImages(Decoded):
 
     def where(self, index: int) -> str:
         return f"{self.name} image {index}"
+
+    def stored(self, index: int) -> bytes:
+        return self.images[index].numpy().tobytes()
 
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
@@ -185,6 +193,9 @@ class PackedImages(Decoded):
         """uint8 (H, W, 3), a view of the file."""
         begin, height, width, _ = self.table[index].tolist()
         return self.mapped[begin : begin + height * width * 3].reshape(height, width, 3)
+
+    def stored(self, index: int) -> bytes:
+        return self.pixels(index).tobytes()
 
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels(index))
@@ -294,6 +305,10 @@ class JoinedImages:
     def where(self, index: int) -> str:
         part, at = self._find(index)
         return part.where(at)
+
+    def stored(self, index: int) -> bytes:
+        part, at = self._find(index)
+        return part.stored(at)
 
     def read(self, index: int) -> Image.Image:
         part, at = self._find(index)

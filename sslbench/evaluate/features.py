@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..data import ImageSet
+from ..data.images import MemoryImages
 from ..data.loader import evaluation_batches, has_smaller, seed_of
 from ..errors import UserError
 from ..paths import home
+from ..provenance import cores
+from ..recipe import Augment, digest
 from ..train.run import read_run
-from ..train.state import sha256_file, write_atomically
+from ..train.state import check_weights, not_finite, tensors_sha256, write_atomically
 from ..views import VIEW, normalise
 from ..vit import VisionTransformer, get_arch, initialise, pool_tokens
 from . import public
@@ -48,7 +52,7 @@ class Subject:
     name: str = ""  # as it was asked for
 
     def facts(self) -> dict[str, Any]:
-        """What a ledger record says of where the encoder comes from, plain data."""
+        """What a ledger record says of where the encoder comes from, plain data; of a run, as its run.json tells it."""
         run, spent = self.run, self.run.get("cost", {})
         return {
             "method": self.method,
@@ -61,10 +65,11 @@ class Subject:
                 "epochs": self.epochs,
                 "images_seen": spent.get("images_seen"),
                 "batch": self.batch,
+                **{k: run.get(k) for k in ("data_fingerprint", "code", "versions", "hardware")},
             },
             "sha256": self.sha256,
             "seed": run.get("seed"),
-            "cost": {k: spent.get(k) for k in ("wall_s", "device_hours", "flops", "peak_memory_gib")},
+            "cost": {k: spent.get(k) for k in ("wall_s", "device_hours", "flops", "peak_memory_gib", "joules")},
         }
 
 
@@ -96,6 +101,8 @@ def find_weights(run: str, kind: str = "pretrain") -> tuple[Path, dict[str, Any]
     path = Path(run)
     if not path.exists() and (home() / "runs" / run).is_dir():
         path = home() / "runs" / run
+    if path.name == "weights.safetensors" and (path.parent / "run.json").is_file():
+        path = path.parent
     info: dict[str, Any] = {}
     if path.is_dir():
         if not (path / "run.json").is_file():
@@ -110,6 +117,7 @@ def find_weights(run: str, kind: str = "pretrain") -> tuple[Path, dict[str, Any]
         path = path / "weights.safetensors"
         if not path.is_file():
             raise UserError(f"{path} is gone; the command that started the run writes it again from its checkpoint")
+        check_weights(path, info)
     if not path.is_file():
         raise UserError(f"no run folder and no weights file at {run}; `sslbench list runs` shows what there is")
     return path, info
@@ -139,10 +147,8 @@ def _untrained(arch: str, seed: int, image_size: int | None) -> Subject:
     torch.manual_seed(seed_of("weights", seed))
     encoder = VisionTransformer(get_arch(arch), image_size)
     initialise(encoder)
-    from ..recipe import Augment, digest
-
     a = Augment()
-    return Subject(encoder, digest(["untrained", arch, seed, encoder.image]), arch, "cls", a.mean, a.std, {}, None)
+    return Subject(encoder, tensors_sha256(encoder.state_dict()), arch, "cls", a.mean, a.std, {}, None)
 
 
 def _is_ours(path: Path) -> bool:
@@ -160,9 +166,15 @@ def _public(
     tree: Any, where: str, mean: tuple[float, ...], std: tuple[float, ...], path: Path | None = None
 ) -> Subject:
     encoder, arch = public.to_encoder(tree, where)
-    sha256 = sha256_file(path) if path else hashlib.sha256(public.tensors_bytes(encoder)).hexdigest()
+    tensors = encoder.state_dict()
+    _refuse_not_finite(tensors, where)
     method = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if path else where)
-    return Subject(encoder, sha256, arch, "cls", mean, std, {}, None, method=method, name=method)
+    return Subject(encoder, tensors_sha256(tensors), arch, "cls", mean, std, {}, None, method=method, name=method)
+
+
+def _refuse_not_finite(tensors: dict[str, Tensor], where: str) -> None:
+    if names := not_finite(tensors):
+        raise UserError(f"{where} cannot be scored, its weights are not finite: {names}; give an earlier checkpoint")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -170,9 +182,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as f:
             meta = f.metadata() or {}
-        return load_file(path), meta
+        tensors = load_file(path)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is not a safetensors file ({e})") from None
+    _refuse_not_finite(tensors, str(path))
+    return tensors, meta
 
 
 def _from_file(path: Path, info: dict[str, Any]) -> Subject:
@@ -195,15 +209,15 @@ def _from_file(path: Path, info: dict[str, Any]) -> Subject:
             raise UserError(f"{recipe}, beside the weights, is no recipe: it has no mapping 'science'")
     return Subject(
         encoder,
-        sha256_file(path),
+        tensors_sha256(tensors),
         arch,
         meta.get("pool", "cls"),
         tuple(mean),
         tuple(std),
         info,
         path,
-        science.get("epochs"),
-        science.get("batch_size"),
+        info.get("epochs", science.get("epochs")),  # run.json of version 0.1 does not have them
+        info.get("batch_size", science.get("batch_size")),
         meta.get("method", "unknown"),
         science.get("data", {}).get("spec"),
     )
@@ -221,13 +235,18 @@ def load_exactly(encoder: VisionTransformer, tensors: dict[str, Tensor], path: P
 def extract(
     subject: Subject, data: ImageSet, device: torch.device, workers: int, batch: int = 250
 ) -> dict[str, Tensor]:
-    """{pool: features (N, D) float32 on the CPU} of every image, one pass for all pools; cached by weights and data."""
+    """{pool: features (N, D) float32 on the CPU} of every image, one pass for all pools.
+
+    Cached by all that they are made of: weights, arch, statistics, the rule of the view, and the images as they are.
+    """
     size = subject.encoder.image[0]
-    name = f"{subject.sha256[:16]}_{data.fingerprint}_{data.split}_{size}_view{VIEW}.safetensors"
-    cache = home() / "runs" / ".features" / name
+    made_of = [subject.sha256, subject.arch, subject.mean, subject.std, size, VIEW, contents(data)]
+    cache = home() / "runs" / ".features" / f"{subject.sha256[:16]}_{data.split}_{digest(made_of)}.safetensors"
     if cache.is_file():
-        with contextlib.suppress(SafetensorError):  # a broken one is made again
-            return load_file(cache)
+        with contextlib.suppress(SafetensorError), safe_open(cache, "pt") as f:  # a broken one is made again
+            features = load_file(cache)
+            if (f.metadata() or {}).get("sha256") == tensors_sha256(features):
+                return features
     encoder = subject.encoder.to(device).eval()
     parts: dict[str, list[Tensor]] = {pool: [] for pool in POOLS}
     for images in evaluation_batches(data, size, batch, device, workers):
@@ -235,7 +254,7 @@ def extract(
         for pool in POOLS:
             parts[pool].append(pool_tokens(tokens, pool).float().cpu())
     features = {pool: torch.cat(p) for pool, p in parts.items()}
-    write_atomically(cache, safetensors_bytes(features))
+    write_atomically(cache, safetensors_bytes(features, {"sha256": tensors_sha256(features)}))
     return features
 
 
@@ -246,3 +265,26 @@ def view_of(size: int, *sets: ImageSet) -> dict[str, int]:
     32 pixels, keeps its hash. At 224 nobody looks: ImageNet has such images.
     """
     return {"view": VIEW} if size >= 224 or any(has_smaller(data, size) for data in sets) else {}
+
+
+def contents(data: ImageSet) -> str:
+    """12 hex digits over the fingerprint and the bytes of every image as it is stored, which may change under it.
+
+    Reads all of them, unless they are in memory: a hundredth of the time that decoding JPEGs takes where the files are
+    in the system's cache, else as long as reading takes (ImageNet: 140 GB).
+    """
+    if isinstance(data, MemoryImages):
+        return data.fingerprint
+
+    def part(first: int) -> bytes:
+        of_each = hashlib.sha256()
+        for i in range(first, min(first + 256, len(data))):
+            try:
+                of_each.update(hashlib.sha256(data.stored(i)).digest())
+            except OSError:  # evaluated as black
+                of_each.update(b"unreadable")
+        return of_each.digest()
+
+    with ThreadPoolExecutor(cores()) as threads:
+        parts = b"".join(threads.map(part, range(0, len(data), 256)))
+    return hashlib.sha256(data.fingerprint.encode() + parts).hexdigest()[:12]

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageOps
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
-from safetensors.torch import save as safetensors_bytes
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
@@ -27,7 +26,7 @@ from ..errors import UserError
 from ..method import Method
 from ..recipe import Augment, Batch, Epochs, Optim, Strict
 from ..train.optim import adamw, layer_groups
-from ..train.state import write_atomically
+from ..train.state import write_weights
 from ..views import normalise, one_view
 from ..vit import VisionTransformer, get_arch, pool_tokens, resample_positions
 from .features import Subject, read_safetensors
@@ -267,8 +266,7 @@ class FinetuneJob(LabelledJob):
             "std": json.dumps(self.subject.std),
         }
         state = {k.removeprefix("encoder."): v for k, v in method.state_dict().items()}
-        tensors = {k: v.detach().float().cpu().contiguous() for k, v in state.items()}
-        write_atomically(path, safetensors_bytes(tensors, metadata))
+        write_weights(path, {k: v.float() for k, v in state.items()}, metadata)
 
 
 def resized(encoder: VisionTransformer, image: int) -> VisionTransformer:

@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,10 +23,10 @@ from ..method import Method
 from ..recipe import Augment, Batch, Epochs, Optim, Strict
 from ..siamese import BatchNorm
 from ..train.optim import Lars
-from ..train.state import write_atomically
+from ..train.state import write_weights
 from ..views import normalise, one_view
 from ..vit import VisionTransformer, pool_tokens
-from .features import Subject
+from .features import Subject, read_safetensors
 from .job import LabelledJob
 
 Rate = Annotated[float, Field(gt=0)]
@@ -174,7 +172,7 @@ class ProbeJob(LabelledJob):
     def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[float, dict[str, Any]]:
         """Of the head that does best on the held-out tenth of train."""
         model = self.build()
-        model.load_state_dict({**model.state_dict(), **load_file(weights)})
+        model.load_state_dict({**model.state_dict(), **read_safetensors(weights)[0]})
         model = model.to(device).eval()
         top1 = partial(_top1, model, device=device, workers=self.machine.workers)
         best = int(top1(self.select).argmax()) if self.select is not None else 0
@@ -182,8 +180,7 @@ class ProbeJob(LabelledJob):
 
     def save_weights(self, path: Path, method: Method) -> None:
         """The heads and their BatchNorm; the encoder stays where it is."""
-        state = {k: v for k, v in method.state_dict().items() if not k.startswith("encoder.")}
-        write_atomically(path, safetensors_bytes({k: v.detach().cpu().contiguous() for k, v in state.items()}))
+        write_weights(path, {k: v for k, v in method.state_dict().items() if not k.startswith("encoder.")})
 
 
 @torch.inference_mode()

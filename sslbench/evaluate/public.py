@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..errors import UserError, nearest
@@ -189,7 +188,3 @@ def _side(table: Tensor, dim: int, patch: int, said: Any, where: str) -> int:
 
 def statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
-
-
-def tensors_bytes(encoder: VisionTransformer) -> bytes:
-    return safetensors_bytes({k: v.contiguous() for k, v in encoder.state_dict().items()})

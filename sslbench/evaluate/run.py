@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -12,8 +12,9 @@ from rich.console import Console
 from .. import provenance
 from ..data import ImageSet, open_both, open_test, used_classes
 from ..errors import UserError
-from ..ledger import Record, Scale, accuracy_stderr, append
+from ..ledger import Record, Scale, accuracy_stderr, append, checked
 from ..paths import home
+from ..provenance import Spent
 from ..recipe import (
     Machine,
     Strict,
@@ -31,8 +32,8 @@ from ..train.device import default_device
 from ..train.launch import alone, launched, leave_to_first
 from ..train.loop import fit
 from ..train.run import read_run
-from ..train.state import sha256_file, write_json
-from .features import Subject, extract, find_weights, newest_run, open_subject, view_of
+from ..train.state import check_weights, hashes, write_json
+from .features import Subject, contents, extract, find_weights, newest_run, open_subject, view_of
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
 from .job import LabelledJob
 from .knn import knn_top1
@@ -122,10 +123,10 @@ def evaluate(
         return [_train_and_score(recipe, run, data, seed, console or Console(quiet=True))]
     if isinstance(recipe.science, Robustness):
         return [_robustness(recipe, recipe.science, run, data)]
-    began = time.perf_counter()
+    device = default_device()
+    spent = Spent(device.type)
     subject = open_subject(run, seed or 0, image_size)
     data, train, val = _splits(subject, data)
-    device = default_device()
     pool = recipe.science.pool or subject.pool
     features = {d.split: extract(subject, d, device, recipe.machine.workers)[pool] for d in (train, val)}
     assert train.labels is not None and val.labels is not None
@@ -155,9 +156,9 @@ def evaluate(
     view = view_of(side, train, val)
     science = {**s.model_dump(mode="json"), "pool": pool, "image_size": list(subject.encoder.image), **view}
     protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
-    spent = {"wall_s": time.perf_counter() - began}
+    cost = spent.after()
     return [
-        to_ledger(subject.facts(), metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, spent, subject.run)
+        to_ledger(subject.facts(), metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, cost, {})
         for metric, v, c in values
     ]
 
@@ -183,24 +184,42 @@ def _train_and_score(recipe: EvalRecipe, run: str, data: str | None, seed: int |
     if not alone():
         raise SystemExit(0)
     info = read_run(folder)
-    if info.get("record", {}).get("data_fingerprint") == val.fingerprint:
+    images = contents(val)
+    if same_images(info.get("record"), val) and info.get("val_contents", images) == images:
         console.print(f"{folder} is finished: the number below is the one it has in the ledger")
-        return Record.model_validate(info["record"])
-    began = time.perf_counter()
-    top1, more = job.score(folder / "weights.safetensors", val, default_device())
-    spent = {**info["cost"], "wall_s": info["cost"]["wall_s"] + time.perf_counter() - began}
-    facts = {**subject.facts(), "sha256": info["weights_sha256"]}
-    condition = {"pool": job.pool, **more, "eval_run": folder.name}
-    record = to_ledger(facts, job.metric, top1, val, spec, job.protocol, condition, seed, job.image_size, spent, info)
-    write_json(folder / "run.json", {**info, "record": record.model_dump(mode="json")})
+        return in_ledger(info["record"], folder)
+    device, weights = default_device(), folder / "weights.safetensors"
+    spent = Spent(device.type)
+    check_weights(weights, info)
+    info |= hashes(weights)
+    top1, more = job.score(weights, val, device)
+    condition, cost = {"pool": job.pool, **more, "eval_run": folder.name}, spent.after(info["cost"])
+    facts = subject.facts()
+    record = to_ledger(facts, job.metric, top1, val, spec, job.protocol, condition, seed, job.image_size, cost, info)
+    write_json(folder / "run.json", {**info, "record": record.model_dump(mode="json"), "val_contents": images})
     return record
+
+
+def same_images(record: dict[str, Any] | None, val: Measured) -> bool:
+    """Whether the record that a run folder has is of these images."""
+    return record is not None and record.get("data_fingerprint") == val.fingerprint
+
+
+def in_ledger(record: dict[str, Any], folder: Path) -> Record:
+    """The record that a run folder has. UserError where it is not the one that was written."""
+    try:
+        return checked(record)
+    except ValueError as e:
+        where = folder / "run.json"
+        raise UserError(f"the record in {where} is not one of the ledger ({e}); mend or remove it") from None
 
 
 def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -> Record:
     """Score a fine-tuned model on images from elsewhere, whose folders are named as its classes."""
     if data is None:
         raise UserError("robustness needs --data folder:DIR, with a folder a class (DIR/n01440764/*.jpg)")
-    began = time.perf_counter()
+    device = default_device()
+    spent = Spent(device.type)
     path, info = find_weights(run, "finetune")
     model, classes, arch = load_classifier(path)
     test = open_test(data)
@@ -211,7 +230,7 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
         )
     assert test.labels is not None
     at, labels = torch.tensor([classes.index(c) for c in names]), test.labels.unique(return_inverse=True)[1]
-    logits = predict(model, test, default_device(), recipe.machine.workers)
+    logits = predict(model, test, device, recipe.machine.workers)
     if s.restrict:
         answer = at[logits[:, at].argmax(1)]
     else:
@@ -221,14 +240,14 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
     science = [s.model_dump(mode="json"), info.get("protocol", {}).get("hash"), size, *view_of(size, test).values()]
     protocol = {"name": recipe.name, "hash": digest(science)}
     nothing = dict.fromkeys(("recipe_hash", "run", "data", "epochs", "images_seen", "batch"))
+    trained = {**info, **hashes(path)}
     facts = info.get("subject") or {
         "method": "unknown", "preset": None, "arch": arch, "pretrain": nothing, "cost": {},
+        "sha256": trained["weights_sha256"],
     }  # fmt: skip
-    facts = {**facts, "sha256": sha256_file(path)}
     condition = {"classes": len(names), "eval_run": path.parent.name if info else None}
-    wall = time.perf_counter() - began
-    spent = {**info.get("cost", {}), "wall_s": info.get("cost", {}).get("wall_s", 0.0) + wall}
-    return to_ledger(facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, spent, info)
+    cost = spent.after(info.get("cost"))
+    return to_ledger(facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, cost, trained)
 
 
 class Measured(Protocol):
@@ -257,14 +276,15 @@ def to_ledger(
 ) -> Record:
     """Into the ledger: the number, where it comes from, and what it cost, pre-training (in `facts`) and `spent`.
 
-    trained: run.json of the run that trained, {} where none did; its hardware is what counts. accuracy: the number is
-    a share of the images, which has a binomial standard error; other numbers have none here.
+    trained: run.json of the run that the evaluation trained, {} where it trained none. accuracy: the number is a share
+    of the images, which has a binomial standard error; other numbers have none here.
     """
     before, device = facts["cost"], default_device().type
-    wall = spent["wall_s"]
+    ours = before.get("wall_s") is not None  # what public weights cost nobody tells: the evaluation's cost is all
     if facts.get("seed") not in (None, seed):
         condition = {**condition, "pretrain_seed": facts["seed"]}
     flops = [c for c in (before.get("flops"), spent.get("flops")) if c is not None]
+    joules = [before.get("joules") if ours else 0.0, spent["joules"]]
     return append(
         {
             "created": provenance.now(),
@@ -273,24 +293,26 @@ def to_ledger(
             "value": value,
             "stderr": accuracy_stderr(value, len(val)) if accuracy else None,
             "n": len(val),
-            **{k: facts[k] for k in ("method", "preset", "arch", "pretrain")},
+            **{k: facts[k] for k in ("method", "preset", "arch")},
+            "pretrain": {**facts["pretrain"], "cost": {"joules": None, **before} if ours else None},
             "protocol": protocol,
             "weights_sha256": facts["sha256"],
+            "head_sha256": trained.get("weights_sha256"),
             "data_fingerprint": val.fingerprint,
             "seed": seed,
             "code": provenance.code(),
             "versions": provenance.versions(),
             "hardware": trained.get("hardware") or provenance.hardware(device),
             "cost": {
-                "wall_s": (before.get("wall_s") or 0.0) + wall,
-                "device_hours": (before.get("device_hours") or 0.0) + spent.get("device_hours", wall / 3600),
+                "wall_s": (before.get("wall_s") or 0.0) + spent["wall_s"],
+                "device_hours": (before.get("device_hours") or 0.0) + spent["device_hours"],
                 "flops": sum(flops) if flops else None,
                 "peak_memory_gib": max(
                     before.get("peak_memory_gib") or 0.0,
                     spent.get("peak_memory_gib") or 0.0,
                     provenance.peak_memory_gib(device),
                 ),
-                "joules": None,
+                "joules": None if None in joules else sum(joules),
             },
             "scale": scale or scale_of(facts["pretrain"]["data"] or data_name(data), image_size),
             "condition": condition,

@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from ..errors import UserError, nearest
 from ..ledger import Record
 from ..stats import normal_difference, paired_difference
-from .tables import MAIN_METRICS, by_run_seed, cell_of
+from .tables import MAIN_METRICS, by_run_seed, cell_of, training_images
 
 # Numbers that may be compared: the same images, scored by the same rules.
 Key = tuple[str, str, str, str, str]  # dataset, fingerprint, protocol name, protocol hash, metric
@@ -67,13 +67,17 @@ def compare(a: str, b: str, records: list[Record], console: Console) -> dict[str
 def _select(name: str, records: list[Record]) -> dict[Key, list[Record]]:
     """The records of what is named, by what they may be compared with."""
     found: dict[Key, list[Record]] = defaultdict(list)
-    recipes: dict[str, str] = {}
-    wanted = _without_seed(name.rstrip("/").rpartition("/")[2])
+    recipes: dict[tuple[str, str, str], str] = {}
+    run_name, images = name.rstrip("/").rpartition("/")[2], training_images(records)
+    wanted = _without_seed(run_name)
+    of_run = {images[r.id] for r in records if r.pretrain.run == run_name}
     for r in sorted(records, key=lambda r: r.created):
         run = _without_seed(r.pretrain.run or "")
         if wanted not in (r.method, r.pretrain.recipe_hash, run) or r.metric not in (*MAIN_METRICS, "top1"):
             continue
-        recipes[f"{r.arch} {r.pretrain.recipe_hash or ''}".strip()] = run or r.method
+        if of_run and images[r.id] not in of_run:  # a set in another folder of the same name
+            continue
+        recipes[r.arch, r.pretrain.recipe_hash or "", images[r.id]] = r.pretrain.run or r.method
         found[r.dataset, r.data_fingerprint, r.protocol.name, r.protocol.hash, r.metric].append(r)
     if not found:
         known = sorted({r.method for r in records} | {r.pretrain.run for r in records if r.pretrain.run})
@@ -81,9 +85,9 @@ def _select(name: str, records: list[Record]) -> dict[Key, list[Record]]:
             f"the ledger has no number of '{name}'{nearest(name, known)}; name a run, a method or a recipe hash"
         )
     if len(recipes) > 1:
-        raise UserError(
-            f"'{name}' is {len(recipes)} recipes in the ledger; name one by its run: {', '.join(recipes.values())}"
-        )
+        names = [_without_seed(run) for run in recipes.values()]
+        names = names if len(set(names)) == len(names) else [*recipes.values()]
+        raise UserError(f"'{name}' is {len(recipes)} recipes in the ledger; name one by its run: {', '.join(names)}")
     return found
 
 

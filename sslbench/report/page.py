@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .. import ledger
 from ..errors import UserError, nearest
-from ..ledger import Record
+from ..ledger import Cost, Record
 from ..paths import home
 from ..train.state import write_atomically
 from . import figures
@@ -327,24 +327,43 @@ def _reading_order(r: Record) -> tuple[str, ...]:
     return r.dataset, r.pretrain.recipe_hash or "", r.protocol.name, r.metric, f"{r.run_seed:9}", f"{r.seed:9}", r.id
 
 
+def _commit(code: dict[str, Any]) -> str:
+    commit = code.get("commit")
+    return f"{commit[:12]}{' with changes' if code.get('dirty') else ''}" if commit else "not a git checkout"
+
+
+def _listed(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in facts.items())
+
+
+def _spent(cost: Cost) -> str:
+    joules = "" if cost.joules is None else f", {cost.joules:,.0f} J"
+    return (
+        f"{cost.wall_s:,.0f} s wall, {cost.device_hours:.4f} device hours, {cost.flops or 0:.3g} FLOP, "
+        f"{cost.peak_memory_gib or 0:.2f} GiB at its peak{joules}"
+    )
+
+
 def _provenance(r: Record) -> str:
-    commit = r.code.get("commit")
-    code = f"{commit[:12]}{' with changes' if r.code.get('dirty') else ''}" if commit else "not a git checkout"
     error = "standard error unknown" if r.stderr is None else f"standard error {r.stderr:.2f}"
+    p = r.pretrain
+    trained_on = f"{p.data or 'nothing'}" + (f", fingerprint {p.data_fingerprint}" if p.data_fingerprint else "")
     facts = {
         "number": f"{r.metric} {r.value:.2f} %, {error}, n = {r.n}, {r.dataset}",
         "protocol": f"{r.protocol.name} {r.protocol.hash}",
-        "recipe": f"{r.pretrain.recipe_hash or 'none'}, preset {r.preset or 'none'}, seed {r.run_seed}",
-        "run": r.pretrain.run or "none",
-        "data": f"pre-trained on {r.pretrain.data or 'nothing'}; test fingerprint {r.data_fingerprint}",
-        "weights": r.weights_sha256,
-        "code": code,
-        "hardware": ", ".join(f"{k} {v}" for k, v in r.hardware.items()),
-        "versions": ", ".join(f"{k} {v}" for k, v in r.versions.items()),
-        "cost": f"{r.cost.wall_s:,.0f} s wall, {r.cost.device_hours:.4f} device hours, "
-        f"{r.cost.flops or 0:.3g} FLOP, {r.cost.peak_memory_gib or 0:.2f} GiB at its peak",
+        "recipe": f"{p.recipe_hash or 'none'}, preset {r.preset or 'none'}, seed {r.run_seed}",
+        "run": p.run or "none",
+        "data": f"pre-trained on {trained_on}; test fingerprint {r.data_fingerprint}",
+        "weights": r.weights_sha256 + (f"; trained on top {r.head_sha256}" if r.head_sha256 else ""),
+        "code": _commit(r.code),
+        "hardware": _listed(r.hardware),
+        "versions": _listed(r.versions),
+        "cost": _spent(r.cost),
         "when": r.created,
     }
+    if p.cost:
+        by = f"code {_commit(p.code or {})}; {_listed(p.hardware or {})}; {_listed(p.versions or {})}"
+        facts["pre-training"] = f"{_spent(p.cost)}; {by}"
     lines = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     by = "" if r.seed == r.run_seed else f", evaluated by seed {r.seed}"
     head = f"{r.protocol.name} {r.metric}: {r.value:.1f} %, {r.dataset}, seed {r.run_seed}{by}"

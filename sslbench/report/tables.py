@@ -19,6 +19,7 @@ WORDS = {"knn": "k-NN", "linprobe": "linear", "finetune": "fine-tuning"}
 
 Column = tuple[str, str, str]  # protocol name, metric, protocol hash
 RowKey = tuple[bool, str, float, str, str]  # trained?, method, epochs, preset, recipe hash
+Trained = tuple[RowKey, str]  # and the fingerprint of the training images
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Row:
 
     def hardware(self) -> set[str]:
         """What its runs trained on: devices, their number, threads, precision. Times on two of these do not compare."""
-        known = [r.hardware for r in self._pretrained()]
+        known = [r.pretrain.hardware or r.hardware for r in self._pretrained()]
         return {
             f"{h.get('devices', 1)} x {h.get('device')}"
             + "".join(f", {k} {h[k]}" for k in ("threads", "precision") if k in h)
@@ -79,10 +80,13 @@ class Row:
         }
 
     def _cost(self, what: str) -> float | None:
-        """Mean over seeds. A record's cost has its evaluation in it: of the records of a seed the least is nearest."""
+        """Mean over seeds. Old records know the sum with the evaluation alone: of those of a seed the least is nearest,
+        and one whose evaluation trained says nothing."""
         by_seed: dict[int, float] = {}
         for r in self._pretrained():
-            if value := getattr(r.cost, what):
+            if r.pretrain.cost is None and "eval_run" in r.condition:
+                continue
+            if value := getattr(r.pretrain.cost or r.cost, what):
                 by_seed[r.run_seed] = min(value, by_seed.get(r.run_seed, value))
         return fmean(by_seed.values()) if by_seed else None
 
@@ -113,7 +117,7 @@ def newest(records: list[Record]) -> list[Record]:
     """One record a number: of the same weights, protocol, metric, data and seed, the one measured last."""
     last: dict[tuple[Any, ...], Record] = {}
     for r in sorted(records, key=lambda r: (r.created, r.id)):
-        last[r.weights_sha256, r.protocol.hash, r.metric, r.dataset, r.data_fingerprint, r.seed] = r
+        last[r.weights_sha256, r.head_sha256, r.protocol.hash, r.metric, r.dataset, r.data_fingerprint, r.seed] = r
     return list(last.values())
 
 
@@ -149,12 +153,13 @@ def _title(key: tuple[str, ...], keys: list[tuple[str, ...]]) -> str:
 
 def _table(key: tuple[str, ...], group: list[Record], title: str) -> Table:
     names = _column_names(group)
-    by_row: dict[RowKey, list[Record]] = defaultdict(list)
+    by_row: dict[Trained, list[Record]] = defaultdict(list)
+    images = training_images(group)
     for r in group:
-        by_row[row_key(r)].append(r)
+        by_row[row_key(r), images[r.id]].append(r)
     rows = []
     for named, members in sorted(by_row.items(), key=lambda item: item[0]):
-        row = Row(_row_label(named, by_row), named[1])
+        row = Row(_row_label(named, by_row), named[0][1])
         for column, name in names.items():
             if chosen := [r for r in members if _column(r) == column]:
                 row.cells[name] = cell_of(chosen)
@@ -167,6 +172,18 @@ def _table(key: tuple[str, ...], group: list[Record], title: str) -> Table:
     return table
 
 
+def training_images(records: list[Record]) -> dict[str, str]:
+    """{record id: the fingerprint of what it was pre-trained on}: sets in two folders of one name are two.
+
+    An old record does not know it, and has that of the others of its recipe where there is one alone.
+    """
+    of_recipe: dict[str | None, set[str]] = defaultdict(set)
+    for r in records:
+        of_recipe[r.pretrain.recipe_hash].update([r.pretrain.data_fingerprint] if r.pretrain.data_fingerprint else [])
+    alone = {recipe: next(iter(found)) for recipe, found in of_recipe.items() if len(found) == 1}
+    return {r.id: r.pretrain.data_fingerprint or alone.get(r.pretrain.recipe_hash, "") for r in records}
+
+
 def row_key(r: Record) -> RowKey:
     """Sorts the untrained ViT first. Weights that no recipe stands behind are a row of their own."""
     trained = r.method != UNTRAINED
@@ -174,7 +191,7 @@ def row_key(r: Record) -> RowKey:
     return trained, r.method, r.pretrain.epochs or 0.0, r.preset or "", recipe
 
 
-def _row_label(key: RowKey, keys: Iterable[RowKey]) -> str:
+def _row_label(key: Trained, keys: Iterable[Trained]) -> str:
     """The method, with a preset other than `paper`; as much of epochs and recipe hash as tells it from other rows."""
     same = [k for k in keys if _named(k)[0] == _named(key)[0]]
     return next(
@@ -183,13 +200,14 @@ def _row_label(key: RowKey, keys: Iterable[RowKey]) -> str:
     )
 
 
-def _named(key: RowKey) -> list[str]:
+def _named(key: Trained) -> list[str]:
     """From short to exact."""
-    trained, method, epochs, preset, recipe = key
+    (trained, method, epochs, preset, recipe), images = key
     preset = preset.partition("+")[0]  # what a recipe sets otherwise is too long to name a row by
     label = "untrained ViT" if not trained else method if preset in ("", "paper") else f"{method} ({preset})"
     longer = f"{label}, {epochs:.4g} ep" if epochs else label
-    return [label, longer, f"{longer} [{recipe[:6]}]"]
+    exact = f"{longer} [{recipe[:6]}]"
+    return [label, longer, exact, f"{exact}, images {images[:6] or 'not recorded'}"]
 
 
 def _column(r: Record) -> Column:

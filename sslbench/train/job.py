@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from pydantic import BaseModel
-from safetensors.torch import save as safetensors_bytes
 
 from ..data import ImageSet, open_split
 from ..method import Method
 from ..recipe import Batch, Recipe, data_name
 from .meter import build, flops_per_image
 from .optim import adamw
-from .state import write_atomically
+from .state import write_weights
 
 
 class Job:
@@ -68,6 +67,8 @@ class Job:
             "recipe": r.name,
             "recipe_hash": r.hash(),
             "seed": r.science.seed,
+            "epochs": r.science.epochs,
+            "batch_size": r.science.batch_size,
         }
 
     def save_weights(self, path: Path, method: Method) -> None:
@@ -99,8 +100,7 @@ def save_weights(path: Path, method: Method, recipe: Recipe) -> None:
         "timm": encoder.arch.timm,
         "timm_kwargs": json.dumps(encoder.arch.timm_kwargs(encoder.image[0])),
     }
-    tensors = {k: v.detach().float().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    write_atomically(path, safetensors_bytes(tensors, metadata))
+    write_weights(path, {k: v.float() for k, v in encoder.state_dict().items()}, metadata)
 
 
 def preset_label(recipe: Recipe) -> str:

@@ -22,10 +22,10 @@ from .job import Job
 from .shard import whole_moments, whole_weights
 from .state import (
     checkpoint_path,
+    hashes,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
-    sha256_file,
     write_atomically,
     write_json,
 )
@@ -41,7 +41,11 @@ class Run:
         self.job, self.folder, self.fabric = job, folder, fabric
         self.label = job.label
         self.checkpoints = folder / "checkpoints"
-        self.cost: dict[str, Any] = {"wall_s": 0.0, "device_hours": 0.0, "joules": 0.0, "images_seen": 0}  # before
+        self.cost: dict[str, Any] = {  # before
+            "wall_s": 0.0, "device_hours": 0.0, "joules": 0.0, "images_seen": 0, "peak_memory_gib": 0.0,
+        }  # fmt: skip
+        self.previous = previous
+        self.earlier: list[str | None] = []  # commits
         self.resumed = previous.get("resumed", 0)
         self.created = previous.get("created", provenance.now())
         self.steps = 0
@@ -61,7 +65,7 @@ class Run:
             "data_fingerprint": fingerprint,
             "steps_total": total,
             "steps_per_epoch": per_epoch,
-            "code": provenance.code(),
+            "code": self._code(),
             "versions": provenance.versions(),
             "hardware": {
                 **provenance.hardware(self.fabric.device.type, self.fabric.world_size),
@@ -77,6 +81,14 @@ class Run:
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's cost."""
         self.cost, self.resumed = {**self.cost, **state["cost"]}, self.resumed + 1
+        code = self.previous.get("code", {})
+        self.earlier = [*code.get("earlier", []), code.get("commit")]
+
+    def _code(self) -> dict[str, Any]:
+        """What trains now; `earlier`: the commits that trained the steps before, where those were others."""
+        now = provenance.code()
+        earlier = [commit for commit in dict.fromkeys(self.earlier) if commit != now["commit"]]
+        return {**now, "earlier": earlier} if earlier else now
 
     def to_keep(self) -> dict[str, Any]:
         """What `resume` takes up."""
@@ -90,7 +102,7 @@ class Run:
             "wall_s": round(self.cost["wall_s"] + wall, 3),
             "device_hours": self.cost["device_hours"] + wall / 3600 * self.fabric.world_size,
             "flops": None if self.flops_per_image is None else self.flops_per_image * images,
-            "peak_memory_gib": provenance.peak_memory_gib(self.fabric.device.type),
+            "peak_memory_gib": max(self.cost["peak_memory_gib"], provenance.peak_memory_gib(self.fabric.device.type)),
             "joules": None if None in joules else sum(joules),
             "images_seen": images,
         }
@@ -133,7 +145,7 @@ class Run:
                 method = self.job.build()
                 method.load_state_dict(weights)
             self.job.save_weights(self.folder / "weights.safetensors", method)
-            self.write("finished", weights_sha256=sha256_file(self.folder / "weights.safetensors"))
+            self.write("finished", **hashes(self.folder / "weights.safetensors"))
         self.fabric.barrier()
 
 

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,20 +16,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from ..data.loader import seed_of
 from ..errors import UserError
 from ..evaluate.features import Subject, newest_run, open_subject, read_safetensors
-from ..evaluate.run import to_ledger
+from ..evaluate.run import in_ledger, same_images, to_ledger
 from ..ledger import Record, Scale
 from ..paths import home
+from ..provenance import Spent
 from ..recipe import Batch, digest
 from ..train.launch import alone
 from ..train.loop import fit, make_fabric
 from ..train.run import read_run
-from ..train.state import write_atomically, write_json
+from ..train.state import check_weights, hashes, write_json, write_weights
 from .protocol import TransferRecipe
 
 EXTRA = "pip install 'sslbench[transfer]', or in a clone pip install -e '.[transfer]'"
@@ -147,8 +146,7 @@ class TransferJob:
 
     def save_weights(self, path: Path, model: nn.Module) -> None:
         metadata = {"kind": self.kind, "science": self.science.model_dump_json(), "classes": json.dumps(self.classes)}
-        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        write_atomically(path, safetensors_bytes(tensors, metadata))
+        write_weights(path, model.state_dict(), metadata)
 
     @property
     def classes(self) -> list[str]:
@@ -176,9 +174,9 @@ def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console:
         if not alone():
             return {}
         info = read_run(folder)
-        if "records" in info:
+        if info.get("records") and same_images(info["records"][0], job.val):
             console.print(f"{folder} is finished: the numbers below are those it has in the ledger")
-            records = [Record.model_validate(r) for r in info["records"]]
+            records = [in_ledger(r, folder) for r in info["records"]]
         else:
             console.print(f"{done}; scoring {len(job.val)} validation images")
             records = score(job, folder, info)
@@ -189,19 +187,21 @@ def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console:
 
 def score(job: TransferJob, folder: Path, info: dict[str, Any]) -> list[Record]:
     """Test the weights of `folder` on val, once, and append what was found; the main number comes first."""
-    began = time.perf_counter()
     fabric = make_fabric(job.machine.model_copy(update={"devices": 1, "nodes": 1}))
+    spent = Spent(fabric.device.type)
     model = job.build()
-    tensors, _ = read_safetensors(folder / "weights.safetensors")
+    weights = folder / "weights.safetensors"
+    check_weights(weights, info)
+    info |= hashes(weights)
+    tensors, _ = read_safetensors(weights)
     model.load_state_dict(tensors)
     with job.scope():
         values, condition = job.task.score(job, model.to(fabric.device), folder, fabric)
-    spent = {**info["cost"], "wall_s": info["cost"]["wall_s"] + time.perf_counter() - began}
-    facts = {**job.subject.facts(), "sha256": info["weights_sha256"]}
+    facts, cost = job.subject.facts(), spent.after(info["cost"])
     condition = {**condition, "eval_run": folder.name}
     size = job.task.image_size(job.science)
     scale: Scale = "paper" if job.spec == job.kind and size >= 512 else "tiny"
-    common = (job.val, job.spec, job.protocol, condition, job.seed, size, spent, info)
+    common = (job.val, job.spec, job.protocol, condition, job.seed, size, cost, info)
     records = [
         to_ledger(facts, metric, value, *common, accuracy=False, scale=scale) for metric, value in values.items()
     ]

@@ -30,7 +30,7 @@ from ..train.guard import Signals
 from ..train.meter import Metrics, Running, Stopwatch, note, progress_bar
 from ..train.optim import layer_groups
 from ..train.run import Run, newest
-from ..train.state import save_checkpoint, sha256_file
+from ..train.state import hashes, save_checkpoint
 from .backbone import Decomposed, Table
 from .protocol import Optim
 
@@ -297,7 +297,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
         runner.train()
     if fabric.is_global_zero:
         job.save_weights(run.folder / "weights.safetensors", _bare(runner.model))
-        run.write("finished", weights_sha256=sha256_file(run.folder / "weights.safetensors"))
+        run.write("finished", **hashes(run.folder / "weights.safetensors"))
     fabric.barrier()
 
 
