@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -13,12 +14,17 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from .errors import Interrupted, RunFailed, UserError, full, is_full
+from .errors import Interrupted, RunFailed, UserError, full, is_full, is_unusable
+from .paths import expand
 from .train.launch import first_process
 
 
 class Group(TyperGroup):
     """Turns the suite's errors into one message on standard error and the exit status that fits."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Every path of every command, before any of them sees it."""
+        return super().parse_args(ctx, [expand(word) for word in args])
 
     def invoke(self, ctx: Any) -> Any:
         err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -27,12 +33,11 @@ class Group(TyperGroup):
         except UserError as e:
             err.print(f"[bold red]error:[/] {_plain(e)}")
             raise typer.Exit(2) from None
-        except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
-            if e.filename is None:
-                raise
-            err.print(f"[bold red]error:[/] {_plain(e.filename)} cannot be used: {str(e.strerror).lower()}")
-            raise typer.Exit(2) from None
         except OSError as e:
+            if is_unusable(e):
+                where = "; give another folder by --out or SSLBENCH_HOME" if e.errno == errno.EROFS else ""
+                err.print(f"[bold red]error:[/] {_plain(e.filename)} cannot be used: {str(e.strerror).lower()}{where}")
+                raise typer.Exit(2) from None
             if not is_full(e):
                 raise
             err.print(f"[bold red]run failed:[/] {_plain(full(e.filename or 'a result'))}")
@@ -405,4 +410,5 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what sockets wait for is said in one message
     app()

@@ -29,6 +29,16 @@ def is_full(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+# A path that cannot be used, whose kind Python has no class for.
+UNUSABLE = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
+
+
+def is_unusable(error: OSError) -> bool:
+    """Whether it says that a path cannot be read or written as it is: the user's to mend."""
+    known = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    return error.filename is not None and (isinstance(error, known) or error.errno in UNUSABLE)
+
+
 def full(what: str | os.PathLike[str]) -> str:
     """The message for it."""
     return (

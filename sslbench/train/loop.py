@@ -28,7 +28,7 @@ from .device import bf16_is_fast, default_device, keep_freed_memory
 from .diagnose import CollapseMeters, term_gradients
 from .guard import FiniteGuard, Signals
 from .job import Job
-from .launch import agree, environment
+from .launch import agree, environment, meet
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
 from .run import Run, check_same, hold, read_run
@@ -84,7 +84,7 @@ def make_fabric(machine: Machine, sharded: bool = False) -> Fabric:
             num_nodes=machine.nodes,
             # Buffers (memory banks, BatchNorm's statistics) are computed alike, or not read: none is sent.
             strategy=sharding(world) if sharded else DDPStrategy(broadcast_buffers=False) if world > 1 else "auto",
-            plugins=[environment()],
+            plugins=[environment(machine)],
             precision=precision,  # type: ignore[arg-type]
         )
 
@@ -119,6 +119,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
             f"{job.too_large} {2 ** int(math.log2(len(data)))} or smaller"
         )
     fabric = make_fabric(job.machine, shards(job, batch))
+    meet(fabric)
     fabric.launch()
     lock = hold(folder) if fabric.is_global_zero else None
     run = Run(job, folder, fabric, previous)
