@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from .errors import Interrupted, RunFailed, UserError, full, is_full, is_unusable
+from .errors import Interrupted, RunFailed, UserError, full, is_full, is_unusable, lost_loader
 from .paths import expand
 from .train.launch import first_process
 
@@ -44,6 +44,11 @@ class Group(TyperGroup):
             raise typer.Exit(1) from None
         except RunFailed as e:
             err.print(f"[bold red]run failed:[/] {_plain(e)}")
+            raise typer.Exit(1) from None
+        except RuntimeError as e:
+            if (said := lost_loader(e)) is None:
+                raise
+            err.print(f"[bold red]run failed:[/] {_plain(said)}")
             raise typer.Exit(1) from None
         except Interrupted as e:
             err.print(f"[bold yellow]interrupted:[/] {_plain(e)}")

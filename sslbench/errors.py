@@ -47,6 +47,28 @@ def full(what: str | os.PathLike[str]) -> str:
     )
 
 
+def lost_loader(error: BaseException) -> str | None:
+    """The message for a process that decodes images and was killed, or could not hand its images over; None for else.
+
+    The words are torch's: it raises a bare RuntimeError for each.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not ("DataLoader worker" in text or "shared memory(shm)" in text):
+        return None
+    again = "Then give the same command again: a training goes on from its newest checkpoint"
+    if any(word in text for word in ("shared memory(shm)", "Bus error", "No space left")):
+        return (
+            "no room in /dev/shm, through which the processes that decode images hand over their batches: make it "
+            f"larger (in a container: docker run --shm-size=8g), or decode without it: --set machine.workers=0. {again}"
+        )
+    if any(word in text for word in ("killed by signal", "exited unexpectedly")):
+        return (
+            f"a process that decodes images has died ({' '.join(text.split())[:120]}), most often because the machine "
+            f"ran out of memory: use fewer, such as --set machine.workers=1. {again}"
+        )
+    return None
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`'; did you mean X?'`, or what is known where nothing is near and that is no long list."""
     known = sorted(known)

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import UserError, nearest
 from .paths import bundled
@@ -254,11 +263,34 @@ def find_recipe(name: str, kind: str = "pretrain") -> Path:
 def load_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that there is not is a ValueError
         raise UserError(f"{path} is not a YAML file: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a recipe: expected a mapping with 'science' and 'machine'")
     return tree
+
+
+class Said(BaseModel):
+    """What an evaluation reads of the recipe that lies beside weights."""
+
+    model_config = ConfigDict(strict=True)
+
+    epochs: float | int | None = None
+    batch_size: int | None = None
+    data: dict[str, Any] = {}
+
+
+def read_science(path: Path) -> dict[str, Any]:
+    """`science` of the recipe.yaml of a run folder: {"epochs", "batch_size", "data": {"spec"}}, each where it is."""
+    science = load_yaml(path).get("science")
+    try:
+        said = Said.model_validate(science)
+        spec = TypeAdapter(str | None).validate_python(said.data.get("spec"), strict=True)
+    except ValidationError as e:
+        error = e.errors()[0]
+        key = ".".join(map(str, ("science", *error["loc"])))
+        raise UserError(f"{path} is not what a run writes ({key}: {error['msg']}); mend it, or remove it") from None
+    return {"epochs": said.epochs, "batch_size": said.batch_size, "data": {"spec": spec}}
 
 
 def read_tree(path: Path, kind: str = "pretrain", seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -295,7 +327,7 @@ def parse_sets(pairs: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {pair}: expected KEY=VALUE, such as science.optim.lr=1e-3")
         try:
             leaf: Any = yaml.safe_load(value) if value.strip() else None
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, ValueError) as e:
             raise UserError(f"--set {pair}: the value is not YAML ({' '.join(str(e).split())[:120]})") from None
         for part in reversed(key.strip().split(".")):
             leaf = {part: leaf}

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import RunFailed
 from ..provenance import cores
@@ -269,7 +269,10 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def _collate(items: list[tuple[Tensor, int, list[int]]]) -> tuple[Tensor, Tensor, list[int]]:
     images, labels, corrupt = zip(*items, strict=True)
-    return torch.stack(images), torch.tensor(labels), [i for bad in corrupt for i in bad]
+    batch = torch.stack(images), torch.tensor(labels)
+    if get_worker_info():  # here a full /dev/shm is an error; when it is sent, nobody hears of it and all wait for ever
+        batch[0].share_memory_(), batch[1].share_memory_()
+    return *batch, [i for bad in corrupt for i in bad]
 
 
 class _Centred(Dataset[tuple[Tensor, int, list[int]]]):

@@ -188,11 +188,9 @@ def _from_file(path: Path, info: dict[str, Any]) -> Subject:
     load_exactly(encoder, tensors, path)
     science: dict[str, Any] = {}
     if (recipe := path.parent / "recipe.yaml").is_file():
-        from ..recipe import load_yaml
+        from ..recipe import read_science
 
-        science = load_yaml(recipe).get("science")  # type: ignore[assignment]
-        if not isinstance(science, dict):
-            raise UserError(f"{recipe}, beside the weights, is no recipe: it has no mapping 'science'")
+        science = read_science(recipe)
     return Subject(
         encoder,
         sha256_file(path),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import provenance
 from ..data.loader import MicroBatches, seed_of
 from ..draws import Draws
-from ..errors import Interrupted, RunFailed, UserError, full, is_full
+from ..errors import Interrupted, RunFailed, UserError, full, is_full, lost_loader
 from ..method import Method
 from ..recipe import Batch, Machine, Recipe
 from .cache import average_gradients, cached_backward
@@ -109,7 +109,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
     batch = job.batch()
     data = job.data()
     kept = previous.get("status") == "finished" or any((folder / "checkpoints").glob("*"))
-    if kept and previous["data_fingerprint"] != data.fingerprint:
+    if kept and previous.get("data_fingerprint") != data.fingerprint:
         raise UserError(
             f"{folder} holds a run on other images than those of '{job.spec}' are now; choose another folder with --out"
         )
@@ -137,9 +137,10 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
         hint = "set machine.micro_batch lower (what a loss compares stays the recipe's)"
         raise RunFailed(f"out of device memory at a micro-batch of {batch.micro} images; {hint}") from e
     except Exception as e:
-        run.write("failed", error=f"{type(e).__name__}: {e}")
-        if is_full(e):
-            raise RunFailed(full(folder)) from e
+        said = full(folder) if is_full(e) else lost_loader(e)
+        run.write("failed", error=said or f"{type(e).__name__}: {e}")
+        if said:
+            raise RunFailed(said) from e
         if fabric.world_size > 1 and any(word in str(e) for word in ("gloo", "NCCL", "ProcessGroup")):
             raise RunFailed(
                 f"another process of this run has died or cannot be reached, so this one (rank {fabric.global_rank} of "
