@@ -193,7 +193,10 @@ def plan(
         science={"arch": arch, "data": {"spec": data}, "epochs": epochs, "batch_size": batch_size, "seed": seed},
         machine={"devices": devices, "nodes": nodes, "precision": precision, "compile": compile},
     )
-    answer(as_json, run(resolved, seconds, on, console(as_json), link))
+    talk = console(as_json)
+    for line in resolved.notes:
+        talk.print(line, markup=False)
+    answer(as_json, run(resolved, seconds, on, talk, link))
 
 
 EvalData = Annotated[str | None, typer.Option("--data", help="Labelled data; the run's own if left out.")]

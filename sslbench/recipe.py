@@ -15,7 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -109,6 +109,12 @@ class Recipe(Strict):
     name: str
     science: Science
     machine: Machine = Machine()
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen that neither a file nor the user says, a line each: for the header."""
+        return self._notes
 
     @property
     def method(self) -> str:
@@ -268,29 +274,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a recipe: expected a mapping with 'science' and 'machine'")
     return tree
-
-
-class Said(BaseModel):
-    """What an evaluation reads of the recipe that lies beside weights."""
-
-    model_config = ConfigDict(strict=True)
-
-    epochs: float | int | None = None
-    batch_size: int | None = None
-    data: dict[str, Any] = {}
-
-
-def read_science(path: Path) -> dict[str, Any]:
-    """`science` of the recipe.yaml of a run folder: {"epochs", "batch_size", "data": {"spec"}}, each where it is."""
-    science = load_yaml(path).get("science")
-    try:
-        said = Said.model_validate(science)
-        spec = TypeAdapter(str | None).validate_python(said.data.get("spec"), strict=True)
-    except ValidationError as e:
-        error = e.errors()[0]
-        key = ".".join(map(str, ("science", *error["loc"])))
-        raise UserError(f"{path} is not what a run writes ({key}: {error['msg']}); mend it, or remove it") from None
-    return {"epochs": said.epochs, "batch_size": said.batch_size, "data": {"spec": spec}}
 
 
 def read_tree(path: Path, kind: str = "pretrain", seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..data import ImageSet
 from ..data.loader import evaluation_batches, has_smaller, seed_of
 from ..errors import UserError
 from ..paths import home
-from ..train.run import read_run
+from ..train.run import read_run, read_science
 from ..train.state import sha256_file, write_atomically
 from ..views import VIEW, normalise
 from ..vit import VisionTransformer, get_arch, initialise, pool_tokens
@@ -188,8 +188,6 @@ def _from_file(path: Path, info: dict[str, Any]) -> Subject:
     load_exactly(encoder, tensors, path)
     science: dict[str, Any] = {}
     if (recipe := path.parent / "recipe.yaml").is_file():
-        from ..recipe import read_science
-
         science = read_science(recipe)
     return Subject(
         encoder,

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .. import provenance
 from ..data.loader import MicroBatches
 from ..errors import UserError
-from ..recipe import dump
+from ..recipe import dump, load_yaml
 from .job import Job
 from .shard import whole_moments, whole_weights
 from .state import save_checkpoint, sha256_file, write_atomically, write_json
@@ -141,6 +141,19 @@ class Costs(BaseModel):
     images_seen: int | None = None
 
 
+class Pretrained(BaseModel):
+    """What run.json of an evaluation says of the pre-training."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    recipe_hash: str | None
+    run: str | None
+    data: str | None
+    epochs: float | int | None
+    images_seen: int | None
+    batch: int | None
+
+
 class Facts(BaseModel):
     """What run.json of an evaluation says of the encoder that it is of."""
 
@@ -149,7 +162,7 @@ class Facts(BaseModel):
     method: str
     arch: str
     preset: str | None
-    pretrain: dict[str, Any]
+    pretrain: Pretrained
     cost: Costs
 
 
@@ -183,6 +196,29 @@ class RunFile(BaseModel):
 
 # What a finished run has said; `cost` with its wall time.
 FINISHED = ("arch", "recipe_hash", "seed", "data_fingerprint", "weights_sha256", "cost")
+
+
+class Said(BaseModel):
+    """What an evaluation reads of the recipe that lies beside weights."""
+
+    model_config = ConfigDict(strict=True)
+
+    epochs: float | int | None = None
+    batch_size: int | None = None
+    data: dict[str, Any] = {}
+
+
+def read_science(path: Path) -> dict[str, Any]:
+    """`science` of the recipe.yaml of a run folder: {"epochs", "batch_size", "data": {"spec"}}, each where it is."""
+    science = load_yaml(path).get("science")
+    try:
+        said = Said.model_validate(science)
+        spec = TypeAdapter(str | None).validate_python(said.data.get("spec"), strict=True)
+    except ValidationError as e:
+        error = e.errors()[0]
+        key = ".".join(map(str, ("science", *error["loc"])))
+        raise UserError(f"{path} is not what a run writes ({key}: {error['msg']}); mend it, or remove it") from None
+    return {"epochs": said.epochs, "batch_size": said.batch_size, "data": {"spec": spec}}
 
 
 def read_run(folder: Path) -> dict[str, Any]:
