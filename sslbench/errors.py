@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
+import shutil
 from collections.abc import Iterable
 
 
@@ -50,10 +52,13 @@ def full(what: str | os.PathLike[str]) -> str:
 def lost_loader(error: BaseException) -> str | None:
     """The message for a process that decodes images and was killed, or could not hand its images over; None for else.
 
-    The words are torch's: it raises a bare RuntimeError for each.
+    The words are torch's: it raises a bare RuntimeError for most of it.
     """
     text = str(error)
-    if not isinstance(error, RuntimeError) or not ("DataLoader worker" in text or "shared memory(shm)" in text):
+    if is_full(error) and isinstance(error, OSError) and error.filename is None:  # perhaps a semaphore in there
+        with contextlib.suppress(OSError):
+            text = "" if shutil.disk_usage("/dev/shm").free > 2**16 else "shared memory(shm)"
+    elif not isinstance(error, RuntimeError) or not ("DataLoader worker" in text or "shared memory(shm)" in text):
         return None
     again = "Then give the same command again: a training goes on from its newest checkpoint"
     if any(word in text for word in ("shared memory(shm)", "Bus error", "No space left")):

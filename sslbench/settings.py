@@ -137,7 +137,7 @@ def shorten_warmup(science: BaseModel, given: dict[str, Any]) -> str:
     The hash is of the warm-up that is used. given: what the user said of `science`; a warm-up in it stays. Returns a
     line for the header, "" where nothing changed.
     """
-    optim: Any = getattr(science, "optim", science)
+    optim: Any = science if "warmup_epochs" in type(science).model_fields else getattr(science, "optim", None)
     if not hasattr(optim, "warmup_epochs") or "warmup_epochs" in {**given, **given.get("optim", {})}:
         return ""
     before, epochs = optim.warmup_epochs, science.epochs  # type: ignore[attr-defined]

@@ -137,7 +137,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
         hint = "set machine.micro_batch lower (what a loss compares stays the recipe's)"
         raise RunFailed(f"out of device memory at a micro-batch of {batch.micro} images; {hint}") from e
     except Exception as e:
-        said = full(folder) if is_full(e) else lost_loader(e)
+        said = lost_loader(e) or (full(folder) if is_full(e) else None)
         run.write("failed", error=said or f"{type(e).__name__}: {e}")
         if said:
             raise RunFailed(said) from e
