@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -13,7 +14,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from .errors import Interrupted, RunFailed, UserError, full, is_full
+from .errors import Interrupted, RunFailed, UserError, full, is_full, is_unusable, lost_loader
+from .paths import expand
 from .train.launch import first_process, leave_to_first, refuse_several
 
 TOGETHER = ("pretrain", "eval", "transfer")  # what torchrun and srun may start as several processes
@@ -31,6 +33,10 @@ class Group(TyperGroup):
             leave_to_first()
         return name, command, rest
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Every path of every command, before any of them sees it."""
+        return super().parse_args(ctx, [expand(word) for word in args])
+
     def invoke(self, ctx: Any) -> Any:
         err = Console(stderr=True, highlight=False, soft_wrap=True)
         try:
@@ -38,18 +44,22 @@ class Group(TyperGroup):
         except UserError as e:
             err.print(f"[bold red]error:[/] {_plain(e)}")
             raise typer.Exit(2) from None
-        except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
-            if e.filename is None:
-                raise
-            err.print(f"[bold red]error:[/] {_plain(e.filename)} cannot be used: {str(e.strerror).lower()}")
-            raise typer.Exit(2) from None
         except OSError as e:
+            if is_unusable(e):
+                where = "; give another folder by --out or SSLBENCH_HOME" if e.errno == errno.EROFS else ""
+                err.print(f"[bold red]error:[/] {_plain(e.filename)} cannot be used: {str(e.strerror).lower()}{where}")
+                raise typer.Exit(2) from None
             if not is_full(e):
                 raise
             err.print(f"[bold red]run failed:[/] {_plain(full(e.filename or 'a result'))}")
             raise typer.Exit(1) from None
         except RunFailed as e:
             err.print(f"[bold red]run failed:[/] {_plain(e)}")
+            raise typer.Exit(1) from None
+        except RuntimeError as e:
+            if (said := lost_loader(e)) is None:
+                raise
+            err.print(f"[bold red]run failed:[/] {_plain(said)}")
             raise typer.Exit(1) from None
         except Interrupted as e:
             err.print(f"[bold yellow]interrupted:[/] {_plain(e)}")
@@ -194,7 +204,10 @@ def plan(
         science={"arch": arch, "data": {"spec": data}, "epochs": epochs, "batch_size": batch_size, "seed": seed},
         machine={"devices": devices, "nodes": nodes, "precision": precision, "compile": compile},
     )
-    answer(as_json, run(resolved, seconds, on, console(as_json), link))
+    talk = console(as_json)
+    for line in resolved.notes:
+        talk.print(line, markup=False)
+    answer(as_json, run(resolved, seconds, on, talk, link))
 
 
 EvalData = Annotated[str | None, typer.Option("--data", help="Labelled data; the run's own if left out.")]
@@ -416,4 +429,5 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what sockets wait for is said in one message
     app()

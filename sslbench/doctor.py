@@ -14,7 +14,7 @@ from rich.console import Console
 
 from . import provenance
 from .errors import UserError
-from .paths import home
+from .paths import data_root, home
 from .train.device import bf16_is_fast, default_device
 from .transfer.run import EXTRA, require
 
@@ -22,7 +22,7 @@ from .transfer.run import EXTRA, require
 def doctor(console: Console) -> dict[str, Any]:
     """Print and return the findings; `advice` lists what a user could do."""
     device = default_device().type
-    data = os.environ.get("SSLBENCH_DATA")
+    data = data_root()
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         **{k: v for k, v in provenance.versions().items() if k != "python"},
@@ -35,12 +35,12 @@ def doctor(console: Console) -> dict[str, Any]:
         **_transfer(),
         "home": str(home().resolve()),
         "disk_free_gib": round(shutil.disk_usage(_existing(home())).free / 2**30, 1),
-        "SSLBENCH_DATA": data,
+        "SSLBENCH_DATA": str(data) if data else None,
     }
     advice = []
     if not data:
         advice.append("set SSLBENCH_DATA to the folder that holds your data sets, or use --data; builtin needs nothing")
-    elif not Path(data).is_dir():
+    elif not data.is_dir():
         advice.append(f"SSLBENCH_DATA={data} is not a folder")
     if not facts["torchvision_operators"]:
         advice.append("torchvision's operators do not load: install torch and torchvision from one source, together")

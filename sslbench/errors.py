@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
+import shutil
 from collections.abc import Iterable
 
 
@@ -29,12 +31,47 @@ def is_full(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+# A path that cannot be used, whose kind Python has no class for.
+UNUSABLE = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
+
+
+def is_unusable(error: OSError) -> bool:
+    """Whether it says that a path cannot be read or written as it is: the user's to mend."""
+    known = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    return error.filename is not None and (isinstance(error, known) or error.errno in UNUSABLE)
+
+
 def full(what: str | os.PathLike[str]) -> str:
     """The message for it."""
     return (
         f"no room on the disk (or in its quota) to write {what}; make some, then give the same command again: "
         f"a training goes on from its newest checkpoint"
     )
+
+
+def lost_loader(error: BaseException) -> str | None:
+    """The message for a process that decodes images and was killed, or could not hand its images over; None for else.
+
+    The words are torch's: it raises a bare RuntimeError for most of it.
+    """
+    text = str(error)
+    if is_full(error) and isinstance(error, OSError) and error.filename is None:  # perhaps a semaphore in there
+        with contextlib.suppress(OSError):
+            text = "" if shutil.disk_usage("/dev/shm").free > 2**16 else "shared memory(shm)"
+    elif not isinstance(error, RuntimeError) or not ("DataLoader worker" in text or "shared memory(shm)" in text):
+        return None
+    again = "Then give the same command again: a training goes on from its newest checkpoint"
+    if any(word in text for word in ("shared memory(shm)", "Bus error", "No space left")):
+        return (
+            "no room in /dev/shm, through which the processes that decode images hand over their batches: make it "
+            f"larger (in a container: docker run --shm-size=8g), or decode without it: --set machine.workers=0. {again}"
+        )
+    if any(word in text for word in ("killed by signal", "exited unexpectedly")):
+        return (
+            f"a process that decodes images has died ({' '.join(text.split())[:120]}), most often because the machine "
+            f"ran out of memory: use fewer, such as --set machine.workers=1. {again}"
+        )
+    return None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .errors import UserError, nearest
-from .paths import home
+from .paths import data_root, home
 
 
 def listing(what: str, console: Console) -> list[dict[str, Any]]:
@@ -166,11 +164,11 @@ def show_data(console: Console) -> list[dict[str, Any]]:
         {"spec": "packed:DIR", "what": "any of these, as `sslbench data pack SPEC --out DIR` writes it: quick to read"},
         {"spec": "A+B", "what": "several of these as one, without labels"},
     ]
-    root = os.environ.get("SSLBENCH_DATA")
-    if root and Path(root).is_dir():
+    root = data_root()
+    if root and root.is_dir():
         rows += [
             {"spec": p.name.removesuffix("_train.npz"), "what": f"{p}"}
-            for p in sorted(Path(root).iterdir())
+            for p in sorted(root.iterdir())
             if p.is_dir() or p.name.endswith("_train.npz")
         ]
     show(rows, console)

@@ -1,8 +1,9 @@
-"""Where things lie: what ships with the package, and where a user's output goes."""
+"""Where things lie: what ships with the package, where a user's data is, and where output goes."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from .errors import UserError
@@ -19,4 +20,18 @@ def bundled(name: str) -> Path:
 
 def home() -> Path:
     """The folder that `runs/` and `results/` are written to: `$SSLBENCH_HOME`, or the current folder."""
-    return Path(os.environ.get("SSLBENCH_HOME") or ".")
+    return Path(os.environ.get("SSLBENCH_HOME") or ".").expanduser()
+
+
+def data_root() -> Path | None:
+    """The folder in which a bare name of a data set is looked up: `$SSLBENCH_DATA`."""
+    root = os.environ.get("SSLBENCH_DATA")
+    return Path(root).expanduser() if root else None
+
+
+def expand(word: str) -> str:
+    """A word of a command line with `~/` and `~user/` as a shell has them, also where it leaves them alone.
+
+    It does so after the `=` of an option and after the `:`, `+` or `@` of a data SPEC: `--out=~/x`, `npz:~/x`.
+    """
+    return re.sub(r"(?<![^=:+@])~[\w.-]*(?=/)", lambda found: os.path.expanduser(found[0]), word)

@@ -12,7 +12,21 @@ from .data import known_size, open_split
 from .errors import UserError
 from .method import get_method
 from .paths import home
-from .recipe import Batch, Recipe, choose, data_name, dump, find_recipe, merge, parse_sets, read_tree, resolve
+from .recipe import (
+    Batch,
+    Recipe,
+    choose,
+    data_name,
+    dump,
+    find_recipe,
+    merge,
+    name_of,
+    parse_sets,
+    read_tree,
+    resolve,
+    unpacked_name,
+)
+from .settings import is_known, look, settings_for, shorten_warmup
 
 
 def compose(
@@ -24,7 +38,11 @@ def compose(
     science: dict[str, Any] | None = None,
     machine: dict[str, Any] | None = None,
 ) -> Recipe:
-    """The recipe that is meant: a named or chosen file, then the preset, the flags that were given, and --set."""
+    """The recipe that is meant: a named or chosen file, then the preset, the flags that were given, and --set.
+
+    For data that no recipe of the method is for, what fits the set comes between the file and these; `notes` of the
+    recipe say so, and where a warm-up was too long for the epochs asked for.
+    """
     get_method(method)
     given = drop_none({"science": science or {}, "machine": machine or {}})
     said = given.get("science", {})
@@ -32,11 +50,22 @@ def compose(
         from .vit import get_arch
 
         get_arch(said["arch"])
+    asked = merge(given, parse_sets(sets or []))
+    arch, spec = said.get("arch"), said.get("data", {}).get("spec")
+    notes, fitted = [], None
     if recipe:
         path = find_recipe(recipe)
+    elif is_known(method, arch, spec):
+        path = choose(method, arch, spec)
     else:
-        path = choose(method, said.get("arch"), said.get("data", {}).get("spec"))
-    tree = merge(read_tree(path), given)
+        images, pixels = look(spec)
+        batch = asked.get("science", {}).get("batch_size")
+        fitted = settings_for(method, arch, images, pixels, unpacked_name(data_name(spec)), batch)
+        path = fitted.recipe
+        what = f"{arch} on {data_name(spec)}" if arch else data_name(spec)
+        seen = f"no recipe of {name_of(method)} is for {what}: {images:,} images of about {pixels} pixels get"
+        notes = [seen, *fitted.why]
+    tree = merge(merge(read_tree(path), fitted.tree if fitted else {}), given)
     named = tree.get("science", {}).get("method", {}).get("name")
     if named != method:
         if named is not None and ":" not in method:
@@ -46,7 +75,10 @@ def compose(
         tree = merge(tree, {"science": {"method": {"preset": preset}}})
     tree = merge(tree, parse_sets(sets or []))
     name = f"{path.parent.name}/{path.stem}" if path.parent.name == method else path.stem
-    return resolve(tree, name)
+    resolved = resolve(tree, name)
+    shortened = shorten_warmup(resolved.science, asked.get("science", {}))
+    resolved.notes.extend([*notes, *filter(None, [shortened])])
+    return resolved
 
 
 def drop_none(tree: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +98,16 @@ def length(recipe: Recipe) -> tuple[int, int, int]:
     return images, images // batch, round(images // batch * recipe.science.epochs)
 
 
+def peak(recipe: Recipe, per_epoch: int, steps: int) -> float:
+    """The largest lr of the run's steps: the recipe's peak, where the run is long enough to reach it."""
+    from .train.optim import learning_rate
+
+    s = recipe.science
+    end = int(s.optim.warmup_epochs * per_epoch)
+    near = {min(max(step, 0), steps - 1) for step in (end, end + 1, steps - 1)} if steps else set()
+    return max((learning_rate(s.optim, s.batch_size, step / per_epoch, s.epochs) for step in near), default=0.0)
+
+
 def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
     """Print what would run. Builds the model on shapes alone, and needs no data."""
     from .train.meter import build, flops_per_image
@@ -83,6 +125,8 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
         "parameters": count_parameters(method),
         "tokens_per_image": method.tokens_per_image(),
         "lr": lr,
+        "lr_reached": peak(recipe, per_epoch, steps),
+        "warmup_epochs": s.optim.warmup_epochs,
         "batch": batch.model_dump(),
         "images": images,
         "steps_per_epoch": per_epoch,
@@ -90,8 +134,11 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
         "flops_per_image": flops,
         "flops": flops * steps * batch.total,
         "hash": recipe.hash(),
+        "notes": recipe.notes,
     }
     console.print(dump(recipe), markup=False, end="")
+    for line in recipe.notes:
+        console.print(line, markup=False)
     console.print(f"\nencoder     {facts['encoder_parameters'] / 1e6:.1f}M parameters ({s.arch}), "
                   f"{facts['parameters'] / 1e6:.1f}M with what is thrown away after")  # fmt: skip
     views = method.tokens_per_image()
@@ -99,7 +146,10 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
     console.print(f"batch       {batch}")
     if method.compares_batch(s.method):
         console.print(f"contrast    {s.contrastive_batch or s.batch_size} images compared in one loss")
-    console.print(f"lr          {lr:.4g} = {s.optim.lr:g} x {s.batch_size} / 256")
+    console.print(
+        f"lr          {lr:.4g} = {s.optim.lr:g} x {s.batch_size} / 256; the run reaches {facts['lr_reached']:.4g}, "
+        f"after a warm-up of {s.optim.warmup_epochs:g} of {s.epochs:g} epochs"
+    )
     console.print(
         f"steps       {facts['steps']:,} = {s.epochs} epochs x {per_epoch:,} ({images:,} images, last part dropped)"
     )
@@ -118,6 +168,8 @@ def start(recipe: Recipe, out: Path | None, console: Console, slurm: str | None 
     console.print(
         f"{recipe.method_name} {recipe.science.arch} on {data_name(recipe.science.data.spec)}, recipe {recipe.name}"
     )
+    for line in recipe.notes:
+        console.print(line, markup=False)
     if slurm is not None:
         from .train.slurm import submit
 

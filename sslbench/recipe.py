@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import UserError, nearest
 from .paths import bundled
@@ -100,6 +109,12 @@ class Recipe(Strict):
     name: str
     science: Science
     machine: Machine = Machine()
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen that neither a file nor the user says, a line each: for the header."""
+        return self._notes
 
     @property
     def method(self) -> str:
@@ -259,7 +274,7 @@ def find_recipe(name: str, kind: str = "pretrain") -> Path:
 def load_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that there is not is a ValueError
         raise UserError(f"{path} is not a YAML file: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a recipe: expected a mapping with 'science' and 'machine'")
@@ -300,7 +315,7 @@ def parse_sets(pairs: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {pair}: expected KEY=VALUE, such as science.optim.lr=1e-3")
         try:
             leaf: Any = yaml.safe_load(value) if value.strip() else None
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, ValueError) as e:
             raise UserError(f"--set {pair}: the value is not YAML ({' '.join(str(e).split())[:120]})") from None
         for part in reversed(key.strip().split(".")):
             leaf = {part: leaf}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from sslbench.data import open_split
 from sslbench.evaluate.features import open_subject
 from sslbench.method import methods
 from sslbench.recipe import Batch, recipe_files
-from sslbench.train.meter import build
+from sslbench.train.meter import Metrics, build, read_metrics
 
 METHODS = list(methods())
 SMOKE = ["--recipe", "ocl_smoke", "--set", "machine.tensorboard=false"]
@@ -285,6 +286,54 @@ def test_what_is_broken_beside_a_run_stops_no_command_that_does_not_name_it(trai
     assert gone.returncode == 2 and "is gone; the command that started the run" in gone.stderr
     assert last_json(run_here("pretrain", "ocl", *SMOKE, "--json", home=home))["status"] == "finished"
     assert (home / "runs" / folder / "weights.safetensors").is_file()
+
+
+def changed(tree, path=()):
+    """(key, the tree with something else there) for every key of a mapping in mappings."""
+    for key, value in tree.items():
+        for other in (3, [1], {"a": [1]}, None):
+            yield ".".join([*path, key]), {**tree, key: other}
+        if isinstance(value, dict):
+            yield from ((name, {**tree, key: inner}) for name, inner in changed(value, (*path, key)))
+
+
+@pytest.mark.parametrize(
+    ("file", "command"), [("run.json", "export"), ("run.json", "pretrain"), ("recipe.yaml", "export")]
+)
+def test_a_run_folder_that_was_edited_is_refused_in_one_message_or_read(file, command, trained, run_here, tmp_path):
+    home, answer = trained
+    path = tmp_path / "runs/z" / file
+    shutil.copytree(home / answer["run"], path.parent)
+    words = {"export": ["export", "runs/z"], "pretrain": ["pretrain", "ocl", *SMOKE, "--out", "runs/z"]}[command]
+    read = {"run.json": json, "recipe.yaml": yaml}[file]
+    tree = json.loads(path.read_text()) if read is json else yaml.safe_load(path.read_text())
+    refused = set()
+    for key, other in changed(tree):
+        path.write_text(json.dumps(other))
+        if command == "pretrain" and other.get("status") != "finished":
+            continue  # it would train
+        done = run_here(*words, home=tmp_path)  # raises where there is a traceback
+        assert done.returncode in (0, 2), (key, done.stderr)
+        if done.returncode == 2:
+            refused.add(key)
+            assert done.stderr.startswith("error: ") and str(path.parent.name) in done.stderr, (key, done.stderr)
+    expected = {"cost", "cost.wall_s", "hardware", "seed", "step", "recipe_hash"} if file == "run.json" else {
+        "science", "science.data", "science.data.spec", "science.epochs", "science.batch_size"}  # fmt: skip
+    assert expected <= refused
+    for content in (b"", b"\xff\x00", b"3", b"[]", b"null", b"{", b"[" * 9999, b"2020-13-45"):
+        path.write_bytes(content)
+        done = run_here(*words, home=tmp_path)
+        assert done.returncode == 2 and file in done.stderr, (content, done.stderr)
+    listed = run_here("list", "runs", "--json", home=tmp_path)
+    assert last_json(listed)["runs"][0]["status"] == ("unreadable" if file == "run.json" else "finished")
+
+
+def test_metrics_that_are_no_lines_of_a_run_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0, "x": []}\n[1]\n{"step": []}\n{"loss": 1}\n\xff\n3\n\n{"step": 2, "los')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}] and read_metrics(tmp_path / "none") == []
+    Metrics(tmp_path, 1, tensorboard=False).close()
+    assert path.read_text() == '{"step": 1, "loss": 2.0, "x": []}\n'
 
 
 def test_a_named_table_is_written_alone(invoke, tmp_path):

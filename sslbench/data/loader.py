@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..draws import seed_of
 from ..errors import RunFailed, UserError
@@ -323,7 +323,10 @@ def _collate(items: list[Any]) -> Exception | tuple[Tensor, Tensor, list[int]]:
     if isinstance(items[0], Exception):
         return items[0]
     images, labels, corrupt = zip(*items, strict=True)
-    return torch.stack(images), torch.tensor(labels), [i for bad in corrupt for i in bad]
+    batch = torch.stack(images), torch.tensor(labels)
+    if get_worker_info():  # here a full /dev/shm is an error; when it is sent, nobody hears of it and all wait for ever
+        batch[0].share_memory_(), batch[1].share_memory_()
+    return *batch, [i for bad in corrupt for i in bad]
 
 
 class _Centred(Dataset[tuple[Tensor, int, list[int]]]):

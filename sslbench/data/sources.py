@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from ..errors import UserError, nearest
+from ..paths import data_root
 from .hub import open_hub
 from .images import EXTENSIONS, HIDDEN, FolderImages, ImageSet, JoinedImages, MemoryImages, PackedImages, is_image
 from .layouts import published, tiny_imagenet
@@ -307,14 +308,14 @@ def _images_under(root: Path, top: str) -> Iterator[str]:
 def _bare(name: str, split: str) -> ImageSet:
     """NAME as a folder, or as NAME_train.npz, under $SSLBENCH_DATA."""
     kind = name if name in ("imagenet", "coco", "ade20k") else "folder"
-    root = os.environ.get("SSLBENCH_DATA")
-    if root and kind in ("coco", "ade20k") and (Path(root) / name).is_dir():
-        return _photographs(kind, Path(root) / name, split)
-    if root and (Path(root) / name).is_dir():
-        return _folder(kind, Path(root) / name, split)
-    if root and (Path(root) / f"{name}_train.npz").is_file():
-        return _npz(Path(root) / name, split)
-    looked = f"looked for {Path(root) / name}" if root else "SSLBENCH_DATA is not set"
+    root = data_root()
+    if root and kind in ("coco", "ade20k") and (root / name).is_dir():
+        return _photographs(kind, root / name, split)
+    if root and (root / name).is_dir():
+        return _folder(kind, root / name, split)
+    if root and (root / f"{name}_train.npz").is_file():
+        return _npz(root / name, split)
+    looked = f"looked for {root / name}" if root else "SSLBENCH_DATA is not set"
     near = "" if name in SIZES else nearest(name, KINDS) if "_" not in name else ""
     layout = "DIR/train2017/*.jpg" if name == "coco" else "DIR/train/CLASS/IMAGE, DIR/val/CLASS/IMAGE"
     raise UserError(

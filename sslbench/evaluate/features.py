@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..paths import home
 from ..provenance import cores
 from ..recipe import Augment, digest
-from ..train.run import read_run
+from ..train.run import read_run, read_science
 from ..train.state import check_weights, not_finite, tensors_sha256, write_atomically
 from ..views import VIEW, normalise
 from ..vit import VisionTransformer, get_arch, initialise, pool_tokens
@@ -202,11 +202,7 @@ def _from_file(path: Path, info: dict[str, Any]) -> Subject:
     load_exactly(encoder, tensors, path)
     science: dict[str, Any] = {}
     if (recipe := path.parent / "recipe.yaml").is_file():
-        from ..recipe import load_yaml
-
-        science = load_yaml(recipe).get("science")  # type: ignore[assignment]
-        if not isinstance(science, dict):
-            raise UserError(f"{recipe}, beside the weights, is no recipe: it has no mapping 'science'")
+        science = read_science(recipe)
     return Subject(
         encoder,
         tensors_sha256(tensors),

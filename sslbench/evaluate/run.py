@@ -27,6 +27,7 @@ from ..recipe import (
     unpacked_name,
     validate,
 )
+from ..settings import shorten_warmup
 from ..stats import mean_interval
 from ..train.device import default_device
 from ..train.launch import alone, launched, leave_to_first
@@ -75,6 +76,7 @@ def eval_recipe(kind: str, name: str | None = None, sets: list[str] | None = Non
     path = find_recipe(name or kind, "eval")
     tree = merge(read_tree(path, "eval"), parse_sets(sets or []))
     recipe = validate(EvalRecipe, {**tree, "name": path.stem}, path.stem)
+    shorten_warmup(recipe.science, parse_sets(sets or []).get("science", {}))
     if recipe.science.protocol.removesuffix("_augmented") != kind:
         raise UserError(f"recipe {path.stem} is of protocol {recipe.science.protocol}, not {kind}")
     return recipe

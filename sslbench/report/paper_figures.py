@@ -110,9 +110,9 @@ def _asl_1(all_tables: list[Table]) -> PaperFigure:
     found: dict[str, list[Point]] = defaultdict(list)
     for table in all_tables:
         for i, row in enumerate(table.trained):
-            seen = [json.loads(p.read_text()) for f in _folders(row) if (p := f / "inspect/inspect.json").is_file()]
+            seen = [x for f in _folders(row) if (x := _token_similarity(f / "inspect/inspect.json")) is not None]
             if seen and (cell := row.cells.get(_linear(table))):
-                alike = sum(s["token_similarity"] for s in seen) / len(seen)
+                alike = sum(seen) / len(seen)
                 found[f"{table.title}, {_linear(table)}"].append((alike, cell.value, label_of(row), colour_of(i)))
     frame = read_paper("ccmim_t1")
     frame = frame[(frame["metric"] == "linprobe_top1") & (frame["value"] != "")]
@@ -140,6 +140,14 @@ def _asl_1(all_tables: list[Table]) -> PaperFigure:
         figure,
         [] if found else ["sslbench inspect runs/RUN"],
     )
+
+
+def _token_similarity(path: Path) -> float | None:
+    """What `sslbench inspect` found; None where it did not look, or the file is not what it writes."""
+    try:
+        return float(json.loads(path.read_text())["token_similarity"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 ASL_1 = ("mae", "ccmim", "DINO", "iBOT")  # of the models that its text names as drawn, those with a printed accuracy
@@ -284,9 +292,11 @@ def _folders(row: Row) -> list[Path]:
 
 def _lines(row: Row, what: str) -> Lines:
     """That value of each run's metrics.jsonl, at most POINTS of them."""
+    from ..train.meter import read_metrics
+
     out = []
     for path in (folder / "metrics.jsonl" for folder in _folders(row)):
-        steps = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        steps = read_metrics(path)
         points = [(s["epoch"], s[what]) for s in steps if what in s and "epoch" in s]
         if len(points) > 1:
             out.append(points[:: -(-len(points) // POINTS)])

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
 
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import ClusterEnvironment
 
     from ..recipe import Machine
 
+MEET_S = 30  # how long to wait for processes of which only left-over variables may speak
+STEP_S = 600  # and for those that srun says it has started
+RENDEZVOUS = {"MASTER_ADDR", "MASTER_PORT"}
+
+_agreed: Machine | None = None  # the machine that `agree` has seen last
+
 
 def launched() -> tuple[str, int, int] | None:
-    """(by what, processes a machine, machines); None where this process has no others, or those that it starts."""
+    """(by what, processes a machine, machines); None where this process has no others, or those that it starts.
+
+    UserError where the variables that say it contradict each other.
+    """
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
-        name, world, nodes = "torchrun", int(env["WORLD_SIZE"]), int(env["GROUP_WORLD_SIZE"])
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:  # one task is free to start others
-        name, world, nodes = "srun", int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
+        name, world, nodes = "torchrun", _number("WORLD_SIZE"), _number("GROUP_WORLD_SIZE")
+    elif env.get("SLURM_PROCID", "").isdecimal() and (tasks := _tasks()) > 1:  # one task is free to start others
+        name, world, nodes = "srun", tasks, _number("SLURM_STEP_NUM_NODES", "SLURM_NNODES", default=1)
     else:
         return None
     if world % nodes:
@@ -27,11 +38,44 @@ def launched() -> tuple[str, int, int] | None:
     return name, world // nodes, nodes
 
 
+def _tasks() -> int:
+    """Processes that srun has started with this one. A job's own count also stands in a shell inside it."""
+    shell = "SLURM_STEP_NUM_TASKS" not in os.environ and os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return 1 if shell else _number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", default=1)
+
+
+def _number(*names: str, default: int | None = None) -> int:
+    """The first of these variables that is set, as a whole number from 1 on."""
+    name = next((name for name in names if name in os.environ), names[-1])
+    value = os.environ.get(name, "" if default is None else str(default))
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(
+            f"the environment says {name}={value or '(nothing)'}, where torchrun or srun would write a number of "
+            f"processes; if it is left over from another job, `unset {name}` and its like"
+        )
+    return int(value)
+
+
 def first_process() -> bool:
-    """Of the processes of one run, the one that talks."""
-    found = launched()
-    names = {"torchrun": ("RANK",), "srun": ("SLURM_PROCID",)}[found[0]] if found else ("NODE_RANK", "LOCAL_RANK")
-    return all(os.environ.get(name, "0") == "0" for name in names)
+    """Of the processes of one run, the one that talks.
+
+    LOCAL_RANK and NODE_RANK are heeded where they can be meant: in a process that this suite started, and in a run for
+    several devices or machines with MASTER_ADDR and MASTER_PORT beside them. A shell may have them left over.
+    """
+    env = os.environ
+    if found := launched():
+        return env.get({"torchrun": "RANK", "srun": "SLURM_PROCID"}[found[0]], "0") == "0"
+    if _is_child():
+        return False
+    meant = []
+    if _agreed and env.keys() >= RENDEZVOUS:
+        meant = ["LOCAL_RANK"] * (_agreed.devices > 1) + ["NODE_RANK"] * (_agreed.nodes > 1)
+    return all(env.get(name, "0") == "0" for name in meant)
+
+
+def _is_child() -> bool:
+    """Whether Fabric started this process out of the first one of its machine; see `environment`."""
+    return os.environ.get("SSLBENCH_PARENT") == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def agree(machine: Machine) -> None:
@@ -39,9 +83,11 @@ def agree(machine: Machine) -> None:
 
     UserError where it states others, or where machines are asked for and nothing starts them.
     """
+    global _agreed
+    _agreed = machine
     found = launched()
     if found is None:
-        if machine.nodes > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if machine.nodes > 1 and not {"NODE_RANK", *RENDEZVOUS} <= os.environ.keys():
             raise UserError(
                 f"--nodes {machine.nodes}: the command starts processes on its own machine only. Start it on every "
                 f"machine by torchrun or srun, or with NODE_RANK, MASTER_ADDR and MASTER_PORT set, or give --slurm"
@@ -76,22 +122,66 @@ def refuse_several(command: str) -> None:
         )
 
 
-def environment() -> ClusterEnvironment:
-    """How Fabric finds the other processes."""
+def environment(machine: Machine) -> ClusterEnvironment:
+    """How Fabric finds the other processes, or starts them."""
     from lightning_fabric.plugins import environments
 
+    env = os.environ
     found = launched()
     if found is None:
+        if not _is_child():
+            env["SSLBENCH_PARENT"] = str(os.getpid())  # which the processes that Fabric starts look for
+            left_over = ["LOCAL_RANK"] * (machine.devices == 1 or not env.keys() >= RENDEZVOUS)
+            for name in left_over + ["NODE_RANK", "GROUP_RANK"] * (machine.nodes == 1):
+                env.pop(name, None)
         return environments.LightningEnvironment()
-    name, devices, _ = found
+    name, devices, nodes = found
     if name == "torchrun":
+        if lacking := {"RANK", "LOCAL_RANK", *RENDEZVOUS} - env.keys():
+            raise UserError(
+                f"torchrun would set {', '.join(sorted(lacking))}, and the environment lacks it; `unset "
+                f"TORCHELASTIC_RUN_ID` if that is left over"
+            )
         return environments.TorchElasticEnvironment()
-    env = os.environ  # what srun leaves out by its version and flags, and Fabric asks for
-    env["SLURM_NTASKS_PER_NODE"] = str(devices)
-    env.setdefault("SLURM_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    # What srun leaves out by its version and flags, or says of the job and not of the step, and Fabric asks for.
+    env |= {"SLURM_NTASKS": str(devices * nodes), "SLURM_NTASKS_PER_NODE": str(devices), "SLURM_NNODES": str(nodes)}
+    nodes_named = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    env.setdefault("SLURM_NODELIST", nodes_named)
     env.setdefault("SLURM_NODEID", str(int(env["SLURM_PROCID"]) // devices))
     env.setdefault("SLURM_LOCALID", str(int(env["SLURM_PROCID"]) % devices))
     return environments.SLURMEnvironment()
+
+
+def meet(fabric: Fabric) -> None:
+    """Wait for the processes that others were to start, where Fabric would wait for half an hour and say nothing.
+
+    UserError where they do not come: a batch script without srun, or variables that are left over.
+    """
+    import torch.distributed as dist
+
+    found = launched()
+    by_hand = found is None and fabric.world_size > 1 and "LOCAL_RANK" in os.environ and not _is_child()
+    if dist.is_initialized() or not (by_hand or (found and found[0] == "srun")):
+        return
+    if found:
+        words, rank = ["SLURM_PROCID", "SLURM_NTASKS"], int(os.environ["SLURM_PROCID"])
+    else:
+        words, rank = ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"], fabric.global_rank
+    cluster: ClusterEnvironment = fabric.strategy.cluster_environment  # type: ignore[attr-defined]
+    wait = timedelta(seconds=STEP_S if "SLURM_STEP_NUM_TASKS" in os.environ else MEET_S)
+    try:
+        store = dist.TCPStore(cluster.main_address, cluster.main_port, fabric.world_size, rank == 0, wait)
+    except dist.DistError as e:
+        said = ", ".join(f"{name}={os.environ[name]}" for name in words)
+        raise UserError(
+            f"the environment says that this is process {rank + 1} of {fabric.world_size} ({said}), and in "
+            f"{wait.seconds} s the others did not come. In a batch script start the command by srun, which starts them "
+            f"all; for this one process give `srun --ntasks=1`, or `unset {' '.join(words)}` "
+            f"({' '.join(str(e).split())[:100]})"
+        ) from None
+    store.set_timeout(dist.default_pg_timeout)
+    backend = "nccl" if fabric.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=fabric.world_size)
 
 
 def alone() -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import provenance
 from ..data.loader import MicroBatches, seed_of
 from ..draws import Draws
-from ..errors import Interrupted, RunFailed, UserError, full, is_full
+from ..errors import Interrupted, RunFailed, UserError, full, is_full, lost_loader
 from ..method import Method
 from ..recipe import Batch, Machine, Recipe
 from .cache import average_gradients, cached_backward
@@ -28,7 +28,7 @@ from .device import bf16_is_fast, default_device, keep_freed_memory
 from .diagnose import CollapseMeters, term_gradients
 from .guard import FiniteGuard, Signals
 from .job import Job
-from .launch import agree, environment
+from .launch import agree, environment, meet
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
 from .run import Run, check_same, hold, newest, read_run
@@ -83,7 +83,7 @@ def make_fabric(machine: Machine, sharded: bool = False) -> Fabric:
             num_nodes=machine.nodes,
             # Buffers (memory banks, BatchNorm's statistics) are computed alike, or not read: none is sent.
             strategy=sharding(world) if sharded else DDPStrategy(broadcast_buffers=False) if world > 1 else "auto",
-            plugins=[environment()],
+            plugins=[environment(machine)],
             precision=precision,  # type: ignore[arg-type]
         )
 
@@ -108,7 +108,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
     batch = job.batch()
     data = job.data()
     kept = previous.get("status") == "finished" or any((folder / "checkpoints").glob("*"))
-    if kept and previous["data_fingerprint"] != data.fingerprint:
+    if kept and previous.get("data_fingerprint") != data.fingerprint:
         raise UserError(
             f"{folder} holds a run on other images than those of '{job.spec}' are now; choose another folder with --out"
         )
@@ -118,6 +118,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
             f"{job.too_large} {2 ** int(math.log2(len(data)))} or smaller"
         )
     fabric = make_fabric(job.machine, shards(job, batch))
+    meet(fabric)
     fabric.launch()
     lock = hold(folder) if fabric.is_global_zero else None
     run = Run(job, folder, fabric, previous)
@@ -135,9 +136,10 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
         hint = "set machine.micro_batch lower (what a loss compares stays the recipe's)"
         raise RunFailed(f"out of device memory at a micro-batch of {batch.micro} images; {hint}") from e
     except Exception as e:
-        run.write("failed", error=f"{type(e).__name__}: {e}")
-        if is_full(e):
-            raise RunFailed(full(folder)) from e
+        said = lost_loader(e) or (full(folder) if is_full(e) else None)
+        run.write("failed", error=said or f"{type(e).__name__}: {e}")
+        if said:
+            raise RunFailed(said) from e
         if fabric.world_size > 1 and any(word in str(e) for word in ("gloo", "NCCL", "ProcessGroup")):
             raise RunFailed(
                 f"another process of this run has died or cannot be reached, so this one (rank {fabric.global_rank} of "

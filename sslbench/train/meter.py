@@ -76,7 +76,7 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
         kept = [line for line in lines if _step(line) <= step]
         write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed by close()
@@ -98,10 +98,20 @@ class Metrics:
             self.board.close()
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The steps of a metrics.jsonl, [] where there is none; without what is no number of a step."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return [_numbers(line) for line in lines if _step(line) < float("inf")]
+
+
+def _numbers(line: str) -> dict[str, float]:
+    return {k: v for k, v in json.loads(line).items() if type(v) in (int, float)}
+
+
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # the torn last line of a killed run
         return float("inf")
 
 

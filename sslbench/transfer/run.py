@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from ..errors import UserError
 from ..evaluate.features import Subject, newest_run, open_subject, read_safetensors
 from ..evaluate.run import in_ledger, same_images, to_ledger
 from ..ledger import Record, Scale
-from ..paths import home
+from ..paths import data_root, home
 from ..provenance import Spent
 from ..recipe import Batch, digest
 from ..train.launch import alone
@@ -213,10 +212,10 @@ def score(job: TransferJob, folder: Path, info: dict[str, Any]) -> list[Record]:
 
 def find_data(kind: str, data: str | None) -> Path:
     """The data set's folder: --data, that name under $SSLBENCH_DATA, or its usual name there."""
-    root = os.environ.get("SSLBENCH_DATA")
+    root = data_root()
     usual = {"coco": ["coco"], "ade20k": ["ADEChallengeData2016", "ade20k"]}[kind]
     names = [data.removeprefix(f"{kind}:")] if data else usual
-    places = [Path(n).expanduser() for n in names if data] + [Path(root) / n for n in names if root]
+    places = [Path(n).expanduser() for n in names if data] + [root / n for n in names if root]
     found = next((p for p in places if p.is_dir()), None)
     if found is None:
         looked = f"looked for {', '.join(map(str, places))}" if places else "SSLBENCH_DATA is not set"
