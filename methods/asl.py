@@ -14,7 +14,12 @@ Where the paper does not say, and what is done here (each a switch):
   l1_reduction   the norm of Eq. 9: mean over a patch's values, which keeps weight 1 comparable with the pixel loss.
   aee_norm       a LayerNorm of its own after the extra layer, which takes the encoder's output after its final norm.
   dle_p          SimCSE's dropout of .1, on the projected patches before positions, in both passes.
+  aee_cls        CLS goes through the extra layer with the patches, as through any Transformer layer.
   cls_align      the "[cls] align" of section 4.6: L1 between the decoder's CLS rows.
+  mask_ratio     .75, and of Eq. 1's target norm_pix_loss: MAE's defaults, on which all is built (3.3).
+  decoder        MAE's 8 blocks of width 512: with them AEE costs the ~1.5x of Tables 1 and 7 (1.58 by counting).
+The appendix with the settings is not published: lr, warm-up, decay, crop and flip of the recipes are MAE's, and those
+of its probes on small sets a choice (recipes/eval/linprobe_asl.yaml).
 """
 
 from __future__ import annotations

@@ -15,6 +15,15 @@ Where paper and released code part (preset `paper` follows the text where it can
   batch      1024 (appendix C); 4096 in the code's README, four micro-batches of 1024 images compared on their own.
   BatchNorm  Statistics of the projector: of a device's 32 images in the code; here of all images compared, in both
              presets, so that a result does not depend on how many devices there were.
+  flip       none in the recipes of the paper's tables: "only use the random resized crop" (appendix C). The code flips,
+             and so do the suite's own comparisons at small scale, where every method's views are flipped.
+Where the paper is silent or prints what it cannot mean, in both presets:
+  tau            not in the paper: the code's .5.
+  norm_pix_loss  "the pixel values", "in line with MAE" (3.2): normalised by patch, as the code's README runs it.
+  Eq. 9          prints a 2-norm, not squared, over the number of masked elements; the text says MSE: MAE's.
+  projector      "two-layer MLP" (3.1): the code's, D to D to 256, a BatchNorm after both, the last without affine.
+  predictor      p of Eq. 8, "two layers", not in the code: SimSiam's bottleneck of a quarter of the width.
+  mask_ratio     .75, as betas and a warm-up of 40 epochs: MAE's ("in line with MAE", appendix C).
 The code ranks by w / softmax(u), w the softmax of the scores S, u uniform: the order of S - u, which is computed here.
 It computes the losses of this method without mixed precision; here the losses alone are float32.
 """

@@ -6,13 +6,28 @@ each view with an L1 loss (Eq. 1). The total is alpha x contrast + reconstructio
 No code was released, so there is one preset, `paper`.
 
 Where the paper contradicts itself or is silent, and what is done here (each a switch):
+  branches       the main one strong and masked, the momentum one weak and whole (section 3), against Algorithm 1 and
+                 Figure 2, where both views go through both: Algorithm 1.
   alpha          "scaled down by a factor of alpha (e.g. 10)" against Eq. 3: multiply by .1.
   recon_on       "only for the visible tokens" (section 3) against "the masked image" (abstract): visible, literally.
   mask_ratio     .75 (section 4), "e.g. 80 %" (section 3).
   momentum, tau  unstated, "as MoCo": .99 to 1 along a cosine and .2, as MoCo v3's code for ViTs.
+  norm_pix_loss  off: the target is "the original augmented sample", pixels as the encoder gets them.
+  token_mean     "averaged in the token dimension": of all tokens, CLS too.
+  projector      "two-layer feedforward following SimCLR", LayerNorm for BatchNorm: so ReLU; hidden as wide as its
+                 output, 512; a norm after both layers, the last without affine, as MoCo v3's heads.
+  bank_keys      whose keys enter is unstated: those of both views, since each is the key of a loss (Algorithm 1).
   blur           which share of the views is unstated: BYOL's, all of the first (weak) and a tenth of the second.
-The bank gets the keys of both views of the whole batch, of all devices, after the step; the loss uses it as it was
-before. So the loss of an image does not depend on how its batch is divided over devices and accumulation.
+What the paper leaves open of its recipes, and what they have:
+  lr             "the learning rate is" 1.5e-4 (pre-training), 1.5e-3 (fine-tuning), 0.1 (probe), with no word of a
+                 base lr or of scaling by batch / 256. 1.5e-4 is scaled: it is the base lr of MAE and of MoCo v3, whose
+                 encoder and loss these are. The others stand as they are: scaled, AdamW would have .012 without layer
+                 decay, and .8.
+  betas          (.9, .95) in pre-training, MAE's; its other optimiser's settings are stated.
+  crops          from .08, BYOL's, normalised by the data set's own statistics.
+  CutOut         half of a side, in every image of fine-tuning; see recipes/eval/finetune_macrl_cifar.yaml.
+The bank gets the keys of the whole batch, of all devices, after the step; the loss uses it as it was before. So the
+loss of an image does not depend on how its batch is divided over devices and accumulation.
 """
 
 from __future__ import annotations

@@ -10,6 +10,19 @@ Where the paper and the released code part:
   negatives    Eq. 3's sum over 2B, k != i; Algorithm 1 and the code are a B x B cross-entropy, and so are both presets.
                denominator eq3 adds the pairs within a group and takes the positive out: an experiment.
 Preset `paper` follows the text and Algorithm 1, `official` the code.
+
+Where the paper contradicts itself or is silent, and what is done here:
+  CLS          "each group adds an independent [CLS] token" (2.1): one learned token, put before each, as in the code.
+               Its position, p_0, is 0 in MAE's table.
+  kept         patches are rounded down to an even number, so that the groups are as large (code).
+  views        "without hand-crafted augmentation": no second view. The one view is MAE's crop and flip, as in the code.
+  mlp_head     Table 4 gives widths, GELU and "BN in all layers", and else MoCo v3's design: so no bias before a
+               BatchNorm, and the last BatchNorm without affine.
+  tau          trainable, but neither start nor bound is published: 1 / .07, the code's, clamped at 100 as CLIP does.
+  pool         the feature of fine-tuning is not said; pre-training trains CLS alone, yet the code's notes keep MAE's:
+               the mean of patches to fine-tune, CLS to probe. So do the recipes.
+  batch        of ViT-L: 2,048 (section 3, Tables 2 to 4), not Table 9's 2,400. Epochs: 800, not Table 6's 1,600.
+  probe        90 and 50 epochs (Table 11); section 3 says 100 and 50 of fine-tuning and probe in one sentence.
 """
 
 from __future__ import annotations

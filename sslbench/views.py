@@ -204,6 +204,21 @@ def one_view(
     return normalise(crops, augment.mean, augment.std)
 
 
+def cut_out(x: Tensor, side: int, p: float, generator: torch.Generator) -> Tensor:
+    """CutOut (DeVries & Taylor 2017) of normalised images (B, C, H, W), each with probability p.
+
+    A square of `side` pixels becomes 0, the mean. Its centre is any pixel, so that at the border less is cut.
+    """
+    draw = rand((len(x), 3), generator).to(x.device)
+    inside = []
+    for axis, n in enumerate(x.shape[-2:]):
+        first = (draw[:, axis, None] * n).floor() - side // 2
+        index = torch.arange(n, device=x.device)
+        inside.append((index >= first) & (index < first + side))
+    hole = inside[0][:, :, None] & inside[1][:, None, :] & (draw[:, 2] < p)[:, None, None]
+    return x.masked_fill(hole[:, None], 0.0)
+
+
 # ------------------------------------------------------------------- the two views of contrastive methods (BYOL's law)
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from tiny import TINY
+from tiny import TINY, generator
 from torch.nn import functional as F
+from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy
 
 from sslbench.data import open_split
 from sslbench.data.loader import host_seed
@@ -36,6 +37,7 @@ from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.recipe import Augment, read_tree, recipe_files
 from sslbench.train.diagnose import CollapseMeters
 from sslbench.train.optim import layer_groups
+from sslbench.views import cut_out
 from sslbench.vit import ARCHS, VisionTransformer, initialise
 
 SMOKE = ["eval", "finetune", "untrained:vit_mini4@16", "--data", "builtin", "--recipe", "finetune_smoke",
@@ -191,7 +193,6 @@ def test_every_eval_recipe_resolves_and_says_what_its_source_says():
     assert asl == base and (inat.epochs, flowers.epochs) == (360, 1000)
     assert inat.optim.lr * inat.batch_size / 256 == pytest.approx(3e-4) and inat.optim == flowers.optim
     assert (science["linprobe_macrl_cifar"].epochs, science["linprobe_macrl_subsets"].epochs) == (200, 1000)
-    assert (macrl.optim.lr, macrl.optim.weight_decay, macrl.batch_size) == (1.5e-3, 0.01, 2048)
 
 
 def test_auto_augment_is_timms_original_policy():
@@ -201,6 +202,44 @@ def test_auto_augment_is_timms_original_policy():
         with host_seed(seed):
             changed += not np.array_equal(np.asarray(Distortion("original", (0.5, 0.5, 0.5))(image)), np.asarray(image))
     assert changed > 5
+
+
+def test_cifars_own_policy_is_torchvisions_and_follows_the_seed_alone():
+    image, mean = open_split("builtin", "train").read(3), (0.49, 0.48, 0.45)
+    ours, reference = Distortion("cifar10", mean), AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[125, 122, 115])
+    assert len(reference.policies) == 25 and reference.policies[0] == (("Invert", 0.1, None), ("Contrast", 0.2, 6))
+    before, seen = torch.get_rng_state(), set()
+    for seed in range(30):
+        with host_seed(seed):
+            got = np.asarray(ours(image))
+        with host_seed(seed), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random.getrandbits(63))
+            assert np.array_equal(got, np.asarray(reference(image)))
+        seen.add(got.tobytes())
+    assert len(seen) > 10 and torch.get_rng_state().equal(before)  # others' draws from torch stay as they were
+
+
+@pytest.mark.parametrize("words", ["cifar", "rand-q9", "''"])
+def test_an_unknown_policy_is_one_message(run_here, tmp_path, words):
+    done = run_here("eval", "finetune", "untrained:vit_mini4", "--data", "builtin", "--set",
+                    f"science.auto_augment={words}", home=tmp_path)  # fmt: skip
+    assert done.returncode == 2 and "science.auto_augment: expected cifar10, original, or timm" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cut_out_zeroes_a_square_of_half_a_side_around_any_pixel():
+    x = cut_out(torch.ones(4000, 3, 32, 32), 16, 1.0, generator(0))
+    hole = x[:, 0] == 0
+    assert x.eq(x[:, :1]).all()  # all channels alike
+    rows, columns = hole.any(2), hole.any(1)
+    assert hole.equal(rows[:, :, None] & columns[:, None, :])  # a rectangle
+    heights = rows.sum(1)
+    assert heights.max() == 16 and heights.min() == 8  # at the border half of it is outside
+    # Rows near the middle are cut as often as 16 of 32 centres reach them, the first as 8 or 9 do.
+    share = rows.float().mean(0).numpy()
+    assert share[8:24] == pytest.approx(np.full(16, 0.5), abs=0.04) and share[0] == pytest.approx(9 / 32, abs=0.04)
+    kept = cut_out(torch.ones(4000, 3, 8, 8), 4, 0.25, generator(0))
+    assert (kept == 1).all((1, 2, 3)).float().mean() == pytest.approx(0.75, abs=0.03)
 
 
 def test_positions_are_resampled_for_another_size():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageOps
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
@@ -18,6 +20,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy
 
 from ..data import ImageSet
 from ..data.loader import evaluation_batches, host_seed
@@ -27,7 +30,7 @@ from ..method import Method
 from ..recipe import Augment, Batch, Epochs, Optim, Strict
 from ..train.optim import adamw, layer_groups
 from ..train.state import write_weights
-from ..views import normalise, one_view
+from ..views import cut_out, normalise, one_view
 from ..vit import VisionTransformer, get_arch, pool_tokens, resample_positions
 from .features import Subject, read_safetensors
 from .job import LabelledJob
@@ -58,9 +61,10 @@ class Finetune(Strict):
     train_positions: bool = True
     crop_scale: tuple[float, float] = (0.08, 1.0)
     flip: bool = True
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's words; `original` is AutoAugment; None: neither
+    # timm's words, of which `original` is AutoAugment's policy for ImageNet; `cifar10`: that for CIFAR; None: neither.
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     erase_p: float = Field(0.25, ge=0, le=1)
-    erase_mode: Literal["pixel", "const"] = "pixel"  # const: CutOut's
+    erase_mode: Literal["pixel", "cutout"] = "pixel"  # timm's rectangle of noise, or CutOut's square of half a side
     mix_batch: int = Field(32, gt=0, multiple_of=2)  # images that share a draw of mixup or CutMix; MAE's images a GPU
     mixup: float = Field(0.8, ge=0)
     cutmix: float = Field(1.0, ge=0)
@@ -76,28 +80,54 @@ class Finetune(Strict):
             science.pop("mix_batch")
         return science
 
+    @field_validator("auto_augment")
+    @classmethod
+    def _known(cls, words: str | None) -> str | None:
+        if words is not None:
+            try:
+                Distortion(words, (0.5, 0.5, 0.5)).make(32)
+            except (AssertionError, ValueError, KeyError, IndexError):  # what timm raises
+                raise ValueError("expected cifar10, original, or timm's words such as rand-m9-mstd0.5-inc1") from None
+        return words
+
 
 @dataclass
 class Distortion:
-    """RandAugment or AutoAugment of a PIL crop, by timm; draws from `random` and `numpy.random`. Made where it is used,
-    since loader processes are sent this and not timm's closures."""
+    """RandAugment or AutoAugment of a PIL crop, by timm or, for CIFAR's policy, torchvision; draws from `random` and
+    `numpy.random`. Made where it is used, since loader processes are sent this and not timm's closures."""
 
     words: str
     mean: tuple[float, ...]
 
     def __call__(self, image: Image.Image) -> Image.Image:
         if not hasattr(self, "_transform"):
-            parameters = {
-                "translate_const": int(min(image.size) * 0.45),
-                "img_mean": tuple(min(255, round(255 * m)) for m in self.mean),
-                "interpolation": Image.Resampling.BICUBIC,
-            }
-            make = rand_augment_transform if self.words.startswith("rand") else auto_augment_transform
-            self._transform: Any = make(self.words, parameters)
-            for op in getattr(self._transform, "ops", []):
-                if op.name.startswith("Posterize"):
-                    op.aug_fn = posterize
+            self._transform: Any = self.make(min(image.size))
         return self._transform(image)
+
+    def make(self, side: int) -> Any:
+        """The transform, for images of which that is the shorter side, in pixels."""
+        fill = tuple(min(255, round(255 * m)) for m in self.mean)
+        if self.words == "cifar10":
+            policy = AutoAugment(AutoAugmentPolicy.CIFAR10, fill=list(fill))
+            return partial(with_torch_seeded, policy)
+        parameters = {
+            "translate_const": int(side * 0.45),
+            "img_mean": fill,
+            "interpolation": Image.Resampling.BICUBIC,
+        }
+        make = rand_augment_transform if self.words.startswith("rand") else auto_augment_transform
+        transform = make(self.words, parameters)
+        for op in getattr(transform, "ops", []):
+            if op.name.startswith("Posterize"):
+                op.aug_fn = posterize
+        return transform
+
+
+def with_torch_seeded(transform: Callable[[Image.Image], Image.Image], image: Image.Image) -> Image.Image:
+    """The transform of an image, its draws from torch's global generator set by one from `random`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random.getrandbits(63))
+        return transform(image)
 
 
 def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
@@ -189,7 +219,9 @@ class Classifier(Method):
         off = s.label_smoothing / self.classes
         targets = F.one_hot(labels, self.classes) * (1.0 - s.label_smoothing) + off
         seed, numbers = numbered(len(x), generator)
-        if s.erase_p:
+        if s.erase_p and s.erase_mode == "cutout":
+            x = cut_out(x, x.shape[-1] // 2, s.erase_p, generator)
+        elif s.erase_p:
             erase_(x, RandomErasing(s.erase_p, mode=s.erase_mode, max_count=1, device=x.device.type), seed, numbers)
         if self.mix:
             x, targets = mixed(x, targets, self.mix, s.mix_batch, seed, numbers)

@@ -223,6 +223,8 @@ def protocol_of(line: Any) -> tuple[str, str] | None:
     small = "cifar" if line["dataset"].startswith("cifar") else "subsets"
     if metric == "linprobe_top1":
         of_paper = {"ccmim": "linprobe_ccmim", "macrl": f"linprobe_macrl_{small}"}
+        if line["dataset"] != "imagenet":
+            of_paper["asl"] = "linprobe_asl"
         own = "linprobe_mocov3" if method == "mocov3" and paper != "macrl" else of_paper.get(paper)
         if large and method in ("ocl", "micl"):
             own = "linprobe_ocl_l"
