@@ -322,7 +322,7 @@ def test_a_byte_of_a_packed_set_or_a_shard_is_content_too(home, tmp_path, run_he
 def test_another_version_of_the_view_has_features_of_its_own(home, tmp_path, monkeypatch):
     spec = f"folder:{bmp_folder(tmp_path / 'set')}"
     before = cached(spec, 24)
-    monkeypatch.setattr("sslbench.data.loader.centre_window", lambda size, crop: ((crop, crop), (0, 0)))
+    monkeypatch.setattr("sslbench.views.centre_window", lambda size, crop: ((crop, crop), (0, 0)))
     monkeypatch.setattr(features, "VIEW", features.VIEW + 1)
     after = cached(spec, 24)
     assert not after.equal(before) and after.equal(fresh(spec, home, 24))
