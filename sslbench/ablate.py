@@ -2,91 +2,78 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
 from rich.console import Console
 
-from .data import known_size, open_split
-from .errors import UserError, nearest
-from .evaluate.run import EvalRecipe, eval_recipe, evaluate
-from .ledger import Scale
+from .ablation import Ablation, read_ablation, row_recipes
+from .data import known_size, open_both, open_split
+from .errors import UserError
+from .evaluate.run import eval_recipe, evaluate
 from .listing import show
-from .paths import bundled, home
-from .pretrain import compose
-from .recipe import Batch, Recipe, Strict, find_recipe, load_yaml, merge, recipe_files, validate
+from .paths import home
+from .recipe import Batch, Recipe
+
+if TYPE_CHECKING:
+    from .report.printed import Evaluation
+
+# The columns of what the paper prints.
+REPORTED = {"linprobe_top1": "paper linear", "finetune_top1": "paper finetune", "bbox_ap": "paper box AP"}
 
 
-class AtScale(Strict):
-    """What the rows are laid on at a scale: a bundled recipe, changes to its science, and the labelled data."""
-
-    recipe: str
-    science: dict[str, Any] = {}
-    eval_data: str | None = None  # None: the data that was trained on
+# ------------------------------------------------------------------------------------------------- what a row is
 
 
-class Row(Strict):
-    """A row of the table: its changes to science, and, where a scale needs other values, those."""
+def evaluations(ablation: Ablation, number: int, scale: str, data: str | None = None) -> list[Evaluation]:
+    """What measures a row: what its scale names, or at the paper's scale what measured the paper's table, or else k-NN
+    and the quick probe. data: the labelled set; None: the scale's, or the one that was trained on."""
+    from .report.papers import paper_tables, read_paper
+    from .report.printed import Evaluation, evaluation_of
 
-    label: str
-    science: dict[str, Any] = {}
-    tiny: dict[str, Any] = {}
-    cifar: dict[str, Any] = {}
-    paper: dict[str, Any] = {}
-
-
-class Ablation(Strict):
-    """recipes/ablations/<paper>_<table>.yaml; rows are numbered as in results/paper/<paper>_<table>.csv."""
-
-    name: str
-    method: str
-    scales: dict[Scale, AtScale]
-    rows: dict[int, Row] = Field(min_length=1)
-
-    def at(self, scale: str) -> AtScale:
-        for known, at in self.scales.items():
-            if known == scale:
-                return at
-        raise UserError(f"{self.name} has no scale '{scale}'{nearest(scale, self.scales)}")
+    at, table = ablation.at(scale), ablation.name
+    labelled = at.eval_data or data
+    if scale == "paper" and not at.measured_by and table in paper_tables():
+        lines = read_paper(table)
+        printed = [line for _, line in lines[(lines["row"] == str(number)) & (lines["value"] != "")].iterrows()]
+        found = dict.fromkeys(e for line in printed if (e := evaluation_of(line)))
+        return [Evaluation(e.command, e.recipe, _data_of(e, labelled, data), e.sets) for e in found]
+    names = at.measured_by or ["knn", "linprobe"]
+    return [Evaluation(f"eval {name.partition('_')[0]}", name, labelled) for name in names]
 
 
-def read_ablation(table: str) -> Ablation:
-    known = recipe_files("ablations")
-    if table not in known:
-        raise UserError(f"no ablation table '{table}'{nearest(table, known)}; there are {', '.join(known)}")
-    path = find_recipe(table, "ablations")
-    return validate(Ablation, {**load_yaml(path), "name": path.stem}, path.stem)
+def _data_of(e: Evaluation, labelled: str | None, trained: str | None) -> str | None:
+    """`transfer coco` reads COCO: the set that was trained on, where that is one."""
+    kind = e.command.removeprefix("transfer ")
+    if kind == e.command:
+        return labelled
+    return trained if trained and trained.startswith(f"{kind}:") else None
 
 
-def row_recipes(
-    ablation: Ablation, scale: str, seed: int = 0, data: str | None = None, sets: list[str] | None = None
-) -> dict[int, Recipe]:
-    """The resolved recipe of each row at that scale."""
-    at, out = ablation.at(scale), {}
-    for number, row in ablation.rows.items():
-        science = merge(merge(at.science, row.science), getattr(row, scale))
-        science = merge(science, {"seed": seed, **({"data": {"spec": data}} if data else {})})
-        out[number] = compose(ablation.method, recipe=at.recipe, science=science, sets=sets)
-    return out
+# -------------------------------------------------------------------------------------------------- running them
 
 
-@functools.cache
-def paper_hashes(table: str) -> dict[str, str]:
-    """{row: hash of its recipe} at the paper's scale; {} for a table that is no ablation here."""
-    if table not in recipe_files("ablations"):
-        return {}
-    return {str(n): recipe.hash() for n, recipe in row_recipes(read_ablation(table), "paper").items()}
+def ready(e: Evaluation) -> None:
+    """Raise the UserError that `measure` would: before the hours of a pre-training, not after them."""
+    command, kind = e.command.split()
+    if command == "transfer":
+        from .transfer.run import find_data, require
+
+        require()
+        find_data(kind, e.data)
+    elif e.data:
+        open_both(e.data)
 
 
-def protocols(table: str, number: int, scale: str) -> list[EvalRecipe]:
-    """What a row is measured by: at the paper's scale what the paper's table was, else k-NN and the quick probe."""
-    from .report.papers import paper_tables, protocol_of, read_paper
+def measure(e: Evaluation, run: str, seed: int) -> dict[str, Any]:
+    """The ledger record of the main number, as the command of the evaluation makes it."""
+    command, kind = e.command.split()
+    if command == "transfer":
+        from .transfer.protocol import transfer_recipe
+        from .transfer.run import transfer
 
-    lines = read_paper(table) if scale == "paper" and table in paper_tables() else None
-    found = [] if lines is None else [protocol_of(line) for _, line in lines[lines["row"] == str(number)].iterrows()]
-    named = [(p[0].removeprefix("eval "), p[1]) for p in found if p and p[0].startswith("eval ")]
-    return [eval_recipe(*p) for p in dict.fromkeys(named or [("knn", "knn"), ("linprobe", "linprobe")])]
+        recipe = transfer_recipe(kind, e.recipe, [*e.sets, f"science.seed={seed}"])
+        return transfer(recipe, run, e.data, Console(stderr=True, highlight=False))
+    return evaluate(eval_recipe(kind, e.recipe, [*e.sets]), run, e.data, seed)[0].model_dump(mode="json")
 
 
 def ablate(
@@ -100,13 +87,18 @@ def ablate(
     recipes = row_recipes(ablation, scale, seed, data, sets)  # all of them: a wrong row stops before the first runs
     if not dry_run and any(r.machine.devices * r.machine.nodes > 1 for r in recipes.values()):
         raise UserError("ablate trains and measures its rows in one process: leave machine.devices and nodes out")
-    at, rows = ablation.at(scale), []
-    reported = _reported(table)
+    measured_by = {number: evaluations(ablation, number, scale, data) for number in recipes}
+    every = dict.fromkeys(e for row in measured_by.values() for e in row)
+    reported, rows = _reported(table), []
     first = next(iter(recipes.values())).science
     console.print(
         f"{table} at scale {scale}: {len(recipes)} rows, {ablation.method} {first.arch} on {first.data.spec}, "
-        f"{first.epochs:g} epochs each, seed {seed}\n"
+        f"{first.epochs:g} epochs each, seed {seed}; measured by {', '.join(e.recipe for e in every)}\n"
     )
+    if not dry_run:
+        open_split(first.data.spec, "train")
+        for e in every:
+            ready(e)
     for number, recipe in recipes.items():
         row: dict[str, Any] = {"row": number, "setting": ablation.rows[number].label}
         row |= reported.get(str(number), {})
@@ -115,10 +107,8 @@ def ablate(
         else:
             folder = home() / "runs" / run_name(recipe)
             pretrain(recipe, folder, Console(stderr=True, highlight=False))
-            measured = {}
-            for protocol in protocols(table, number, scale):
-                record = evaluate(protocol, str(folder), at.eval_data or data, seed)[0]
-                measured[record.metric] = f"{record.value:.1f} ± {1.96 * (record.stderr or 0):.1f}"
+            records = [measure(e, str(folder), seed) for e in measured_by[number]]
+            measured = {r["metric"]: _number(r) for r in records}
             row |= measured
             said = ", ".join(f"{metric.removesuffix('_top1')} {value}" for metric, value in measured.items())
             console.print(f"row {number}, {row['setting']}: {said}")
@@ -130,6 +120,11 @@ def ablate(
     return {"table": table, "scale": scale, "seed": seed, "rows": rows}
 
 
+def _number(record: dict[str, Any]) -> str:
+    value, stderr = record["value"], record["stderr"]
+    return f"{value:.1f}" if stderr is None else f"{value:.1f} ± {1.96 * stderr:.1f}"
+
+
 def _plan(recipe: Recipe) -> dict[str, Any]:
     spec = recipe.science.data.spec
     images = known_size(spec) or len(open_split(spec, "train"))
@@ -139,15 +134,14 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
 
 def _reported(table: str) -> dict[str, dict[str, str]]:
     """{row: {"paper linear": ..., "paper finetune": ...}} of the paper's table, where it is transcribed."""
-    import pandas as pd
+    from .report.papers import paper_tables, read_paper
 
-    path = bundled("results/paper") / f"{table}.csv"
-    if not path.is_file():
+    if table not in paper_tables():
         return {}
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    names = {"linprobe_top1": "paper linear", "finetune_top1": "paper finetune"}
+    lines = read_paper(table)
+    lines = lines[lines["metric"].isin([*REPORTED])]
+    columns = [name for metric, name in REPORTED.items() if metric in set(lines["metric"])]
     out: dict[str, dict[str, str]] = {}
-    for line in frame[frame["metric"].isin(names)].itertuples():
-        out.setdefault(str(line.row), dict.fromkeys((names[m] for m in names if m in set(frame["metric"])), ""))
-        out[str(line.row)][names[str(line.metric)]] = str(line.value)
+    for row, metric, value in zip(lines["row"], lines["metric"], lines["value"], strict=True):
+        out.setdefault(row, dict.fromkeys(columns, ""))[REPORTED[metric]] = value
     return out

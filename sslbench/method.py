@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,7 +100,13 @@ def _load(path: Path) -> list[type[Method]]:
 def methods() -> dict[str, type[Method]]:
     """Every method by name: each file in `methods/`, and the entry points of group `sslbench.methods`."""
     found = {path.stem: c for path in sorted(bundled("methods").glob("*.py")) for c in _load(path)}
-    return found | {e.name: e.load() for e in entry_points(group="sslbench.methods")}
+    return found | {e.name: e.load() for e in _installed()}
+
+
+@functools.cache
+def _installed() -> EntryPoints:
+    """Read once: a look through all that is installed takes 10 ms, and a report asks thousands of times."""
+    return entry_points(group="sslbench.methods")
 
 
 def get_method(name: str) -> type[Method]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..data.loader import evaluation_batches, has_smaller, seed_of
 from ..errors import UserError
 from ..paths import home
 from ..provenance import cores
-from ..recipe import Augment, digest
+from ..recipe import Augment, digest, load_yaml
 from ..train.run import read_run, read_science
 from ..train.state import check_weights, not_finite, tensors_sha256, write_atomically
 from ..views import VIEW, normalise
@@ -73,27 +74,66 @@ class Subject:
         }
 
 
-def newest_run(root: Path | None = None, kind: str = "pretrain") -> Path:
-    """The run of that kind, `pretrain` or `finetune`, that finished last."""
-    finished = []
-    for path in (root or home() / "runs").glob("*/run.json"):
+def newest_run(root: Path | None = None) -> Path:
+    """The pre-training that finished last."""
+    finished = [
+        (str(run.get("updated", "")), folder)
+        for folder, run in _finished("pretrain", root)
+        if (folder / "weights.safetensors").is_file()
+    ]
+    if not finished:
+        raise UserError(
+            f"no finished pre-training run under {root or home() / 'runs'}; `sslbench pretrain ocl --data builtin` "
+            f"makes one, or name a run folder or a weights file"
+        )
+    return max(finished)[1]
+
+
+def fine_tuned(run: str | None, science: dict[str, Any] | None = None) -> Path:
+    """The fine-tuned model that RUN means: itself, or the one made of the pre-trained RUN; None: the only one there is.
+
+    science: of the recipe that it was fine-tuned by, where there are several. UserError: none, or more than one. Which
+    of them is the newest says nothing: a command that finds its run finished leaves it as old as it was.
+    """
+    folder = home() / "runs" / run if run and not Path(run).exists() else Path(run or "")
+    origin = read_run(folder) if run and folder.is_dir() else {}
+    if run and (not origin or origin.get("kind", "pretrain") != "pretrain"):
+        return Path(run)  # whether it is a fine-tuned model, and whole, is seen when it is opened
+    found = [
+        (path, str(tuned.get("recipe")))
+        for path, tuned in _finished("finetune")
+        if not run or (tuned.get("subject") or {}).get("sha256") == origin.get("weights_sha256")
+        if not science or _science_of(path) == science
+    ]
+    if len(found) == 1:
+        return found[0][0]
+    where = f"of {run}" if run else f"under {home() / 'runs'}"
+    if not found:
+        raise UserError(
+            f"no finished fine-tuning run {where}{' by that recipe' if science else ''}; `sslbench eval finetune` "
+            f"makes one, or name a run folder or a weights file"
+        )
+    listed = ", ".join(f"{path} ({recipe})" for path, recipe in found)
+    raise UserError(
+        f"{len(found)} fine-tuned models {where}: {listed}; name one of these folders, or the pre-trained run with the "
+        f"fine-tuning's recipe, --set science.finetune=NAME"
+    )
+
+
+def _science_of(folder: Path) -> Any:
+    with contextlib.suppress(UserError, OSError):  # of a folder that nobody asked for
+        return load_yaml(folder / "recipe.yaml").get("science")
+
+
+def _finished(kind: str, root: Path | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(folder, run.json) of every finished run of that kind."""
+    for path in sorted((root or home() / "runs").glob("*/run.json")):
         try:
             run = read_run(path.parent)
         except UserError:  # not one that anybody asked for
             continue
-        known = run.get("status") == "finished" and run.get("kind", "pretrain") == kind
-        if known and (path.parent / "weights.safetensors").is_file():
-            finished.append((str(run.get("updated", "")), path.parent))
-    if not finished:
-        word, maker = {
-            "pretrain": ("pre-training", "sslbench pretrain ocl --data builtin"),
-            "finetune": ("fine-tuning", "sslbench eval finetune"),
-        }[kind]
-        raise UserError(
-            f"no finished {word} run under {root or home() / 'runs'}; `{maker}` makes one, or name a run folder "
-            f"or a weights file"
-        )
-    return max(finished)[1]
+        if run.get("status") == "finished" and run.get("kind", "pretrain") == kind:
+            yield path.parent, run
 
 
 def find_weights(run: str, kind: str = "pretrain") -> tuple[Path, dict[str, Any]]:

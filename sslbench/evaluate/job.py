@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from ..data import ImageSet
 from ..recipe import Batch, data_name, digest
 from ..train.job import Job
 from .features import Subject, view_of
+
+
+def protocol_hash(science: BaseModel, pool: str, image_size: tuple[int, ...], view: dict[str, int]) -> str:
+    """Of all that may change an evaluation's number but the run: also the feature it reads, (height, width) of its
+    views, and what `view_of` says of them."""
+    return digest({**science.model_dump(mode="json"), "pool": pool, "image_size": [*image_size], **view})
 
 
 class LabelledJob(Job):
@@ -39,10 +46,9 @@ class LabelledJob(Job):
         self.machine, self.optim, self.spec = recipe.machine, s.optim, spec
         self.seed, self.epochs, self.batch_size = seed, s.epochs, s.batch_size
         self.image_size, self.crop_scale = s.image_size or subject.encoder.image[0], s.crop_scale
-        size = [self.image_size, self.image_size]
         view = view_of(self.image_size, train, *([] if val is None else [val]))
-        science = {**s.model_dump(mode="json"), "pool": pool, "image_size": size, **view}
-        self.protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
+        hash = protocol_hash(s, pool, (self.image_size, self.image_size), view)
+        self.protocol = {"name": f"{recipe.name}_{pool}", "hash": hash}
         hash = digest([self.protocol["hash"], subject.sha256, data_name(spec), train.fingerprint])
         self.identity = {"arch": subject.arch, "recipe_hash": hash, "seed": seed}
         origin = subject.path.parent.name if subject.run and subject.path else subject.name

@@ -34,9 +34,9 @@ from ..train.launch import alone, launched, leave_to_first
 from ..train.loop import fit
 from ..train.run import read_run
 from ..train.state import check_weights, hashes, write_json
-from .features import Subject, contents, extract, find_weights, newest_run, open_subject, view_of
+from .features import Subject, contents, extract, find_weights, fine_tuned, newest_run, open_subject, view_of
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
-from .job import LabelledJob
+from .job import LabelledJob, protocol_hash
 from .knn import knn_top1
 from .linprobe import linear_top1
 from .probe import AugmentedProbe, ProbeJob, Rate
@@ -63,6 +63,8 @@ class Linprobe(Strict):
 class Robustness(Strict):
     protocol: Literal["robustness"]
     restrict: bool = True  # the answer is among the classes that the set has, as ImageNet-A and -R are scored
+    # The recipe of the fine-tuning that is meant, where RUN is pre-trained and has several. It is not in the hash.
+    finetune: str | None = Field(None, exclude=True)
 
 
 class EvalRecipe(Strict):
@@ -89,8 +91,11 @@ def evaluate_named(
     protocol = recipe.science.protocol
     if not isinstance(recipe.science, Finetune | AugmentedProbe):
         leave_to_first()
-    if run is None:
-        run = str(newest_run(kind="finetune" if protocol == "robustness" else "pretrain"))
+    if isinstance(recipe.science, Robustness):
+        run = str(_tuned_run(recipe.science, run))
+        console.print(f"the fine-tuned model: {run}")
+    elif run is None:
+        run = str(newest_run())
         console.print(f"the newest finished run: {run}")
     if seeds > 1 and protocol in ("knn", "robustness") and not run.startswith("untrained:"):
         raise UserError(f"--seeds {seeds}: {protocol} draws nothing, so every seed would give the same number")
@@ -155,9 +160,8 @@ def evaluate(
         )
         values = [("linprobe_top1", top1, {"lr": lr})]
     side = subject.encoder.image[0]
-    view = view_of(side, train, val)
-    science = {**s.model_dump(mode="json"), "pool": pool, "image_size": list(subject.encoder.image), **view}
-    protocol = {"name": f"{recipe.name}_{pool}", "hash": digest(science)}
+    hash = protocol_hash(s, pool, subject.encoder.image, view_of(side, train, val))
+    protocol = {"name": f"{recipe.name}_{pool}", "hash": hash}
     cost = spent.after()
     return [
         to_ledger(subject.facts(), metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, cost, {})
@@ -216,13 +220,18 @@ def in_ledger(record: dict[str, Any], folder: Path) -> Record:
         raise UserError(f"the record in {where} is not one of the ledger ({e}); mend or remove it") from None
 
 
+def _tuned_run(s: Robustness, run: str | None) -> Path:
+    tuned = eval_recipe("finetune", s.finetune).science if s.finetune else None
+    return fine_tuned(run, tuned.model_dump(mode="json") if tuned else None)
+
+
 def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -> Record:
     """Score a fine-tuned model on images from elsewhere, whose folders are named as its classes."""
     if data is None:
         raise UserError("robustness needs --data folder:DIR, with a folder a class (DIR/n01440764/*.jpg)")
     device = default_device()
     spent = Spent(device.type)
-    path, info = find_weights(run, "finetune")
+    path, info = find_weights(str(_tuned_run(s, run)), "finetune")
     model, classes, arch = load_classifier(path)
     test = open_test(data)
     names = used_classes(test, data)
@@ -239,8 +248,8 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
         answer = logits.argmax(1)
     top1 = 100 * int((answer == at[labels]).sum()) / len(test)
     size = model.encoder.image[0]
-    science = [s.model_dump(mode="json"), info.get("protocol", {}).get("hash"), size, *view_of(size, test).values()]
-    protocol = {"name": recipe.name, "hash": digest(science)}
+    hash = robustness_hash(s, info.get("protocol", {}).get("hash"), size, view_of(size, test))
+    protocol = {"name": recipe.name, "hash": hash}
     nothing = dict.fromkeys(("recipe_hash", "run", "data", "epochs", "images_seen", "batch"))
     trained = {**info, **hashes(path)}
     facts = info.get("subject") or {
@@ -250,6 +259,11 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
     condition = {"classes": len(names), "eval_run": path.parent.name if info else None}
     cost = spent.after(info.get("cost"))
     return to_ledger(facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, cost, trained)
+
+
+def robustness_hash(s: Robustness, tuned: str | None, size: int, view: dict[str, int]) -> str:
+    """Of how the answer is chosen, of the protocol that fine-tuned the model, and of the view, as in protocol_hash."""
+    return digest([s.model_dump(mode="json"), tuned, size, *view.values()])
 
 
 class Measured(Protocol):
@@ -322,8 +336,13 @@ def to_ledger(
     )
 
 
+# The papers' sets of photographs.
+FULL_SIZE = {"imagenet", "imagenet100", "coco", "imagenette", "imagewoof", "ade20k", "inat18", "inat19", "flowers102"}
+
+
 def scale_of(pretrain_data: str, image_size: int) -> Scale:
-    """tiny: the built-in subset. cifar: small images. paper: ImageNet at full size."""
-    if unpacked_name(pretrain_data) == "imagenet" and image_size >= 224:
+    """tiny: the built-in subset, or what is unknown. cifar: small images. paper: a paper's set at full size."""
+    parts = {unpacked_name(part) for part in pretrain_data.split("+")}
+    if image_size >= 224 and parts <= FULL_SIZE:
         return "paper"
     return "tiny" if pretrain_data == "builtin" or image_size >= 224 else "cifar"

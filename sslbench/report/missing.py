@@ -7,19 +7,17 @@ from typing import Any
 from rich.console import Console
 
 from ..data import known_size
-from ..errors import UserError
 from ..ledger import Record
-from ..method import methods
 from ..plan import SHARE, device_hours
-from ..pretrain import compose, length
-from ..recipe import Recipe, digest, recipe_files
+from ..pretrain import length
+from ..recipe import Recipe, digest
 from ..train.job import run_name
 from ..train.meter import flops_per_image
-from .papers import contradiction, measured_for, paper_tables, plugin_of, protocol_of, read_paper, tuned_epochs
+from .papers import contradiction, measured_for, paper_tables, read_paper
+from .printed import Pretraining, epochs_contradicted, evaluation_of, pretraining_of
 from .tables import newest
 
 YARDSTICK = "A100"
-_UNKNOWN: dict[str, Any] = {"eval": [], "flops": None, "device_hours": None, "note": ""}
 _counted: dict[str, float] = {}  # FLOPs of an image, by what they depend on
 
 
@@ -29,7 +27,7 @@ def missing(names: list[str], records: list[Record], console: Console) -> list[d
     One entry a pre-training and table, for the methods of this suite; nothing where all its numbers are measured. The
     cost is of the pre-training alone, its FLOPs at `plan`'s share of an A100's peak: not measured.
     """
-    out = []
+    out, records = [], newest(records)
     for name in names or [n for n in paper_tables() if not n.endswith("_text")]:
         found = _of_table(name, records)
         if found:
@@ -50,64 +48,37 @@ def missing(names: list[str], records: list[Record], console: Console) -> list[d
 
 
 def _of_table(name: str, records: list[Record]) -> list[dict[str, Any]]:
-    frame, newest_records = read_paper(name), newest(records)
-    open_lines = [
-        line
-        for _, line in frame.iterrows()
-        if plugin_of(line) in methods() and protocol_of(line) and not measured_for(line, frame, newest_records)
-    ]
-    if open_lines and name in recipe_files("ablations"):  # its rows differ in settings that only its recipe knows
-        command = f"sslbench ablate {name} --scale paper"
-        return [{"table": name, "pretrain": command, **_UNKNOWN}]
-    commands: dict[tuple[str, str, str, str], list[str]] = {}
-    notes: dict[tuple[str, str, str, str], str] = {}
-    for line in open_lines:
-        key = (plugin_of(line), line["arch"], line["pretrain_data"].replace("_", "-"), line["epochs"])
-        commands.setdefault(key, []).extend(_evaluation(line))
-        if line["note"].startswith("epochs"):  # the paper contradicts itself in what the command takes from it
-            notes[key] = contradiction(line["note"])
-    return [
-        {**_entry(name, *key, list(dict.fromkeys(evals))), "note": notes.get(key, "")}
-        for key, evals in commands.items()
-    ]
+    """What is printed and not measured, by the command that pre-trains for it."""
+    wanted: dict[str, dict[str, Any]] = {}
+    for _, line in read_paper(name).iterrows():
+        run, evaluation = pretraining_of(line), evaluation_of(line)
+        if not line["value"] or not run or not evaluation or measured_for(line, records):
+            continue
+        if run.command not in wanted:
+            wanted[run.command] = _entry(name, run)
+        if run.ablation:
+            continue  # its command evaluates too
+        entry, folder = wanted[run.command], f"runs/{run_name(run.recipe)}"
+        entry["eval"] += [c for c in evaluation.commands(folder) if c not in entry["eval"]]
+        if epochs_contradicted(line):
+            entry["note"] = contradiction(line["note"])
+    return list(wanted.values())
 
 
-def _evaluation(line: Any) -> list[str]:
-    """The commands behind a printed number; RUN is put in later."""
-    protocol, data = protocol_of(line), line["dataset"].replace("_", "-")
-    assert protocol is not None
-    command, recipe = protocol
-    if command == "eval robustness":  # of the newest fine-tuned run, which this makes
-        tune = protocol_of({**line, "metric": "finetune_top1", "dataset": "imagenet"})
-        assert tune is not None
-        return [
-            f"sslbench {tune[0]} RUN --recipe {tune[1]} --data imagenet",
-            f"sslbench {command} --data folder:{data}",
-        ]
-    tuned = f" --set science.epochs={n}" if (n := tuned_epochs(line["condition"])) else ""
-    where = "" if command.startswith("transfer") else f" --data {data}"
-    return [f"sslbench {command} RUN --recipe {recipe}{where}{tuned}"]
-
-
-def _entry(table: str, method: str, arch: str, data: str, epochs: str, evals: list[str]) -> dict[str, Any]:
-    own = f"{method}/{table}_{data}"  # a recipe for this table alone, where its settings are not the method's usual
-    own = own if own in recipe_files() else ""
-    try:
-        science = {"arch": arch, "data": {"spec": data}, "epochs": float(epochs) if epochs else None}
-        recipe = compose(method, recipe=own or None, science=science)
-    except UserError:  # an arch that the paper does not print, or that is not of the suite
-        return {"table": table, "pretrain": f"sslbench pretrain {method} --data {data}", **_UNKNOWN}
-    run = f"runs/{run_name(recipe)}"
-    known = known_size(data) is not None
-    flops = _flops(recipe) * length(recipe)[2] * recipe.science.batch_size if known else None
-    return {
+def _entry(table: str, run: Pretraining) -> dict[str, Any]:
+    entry: dict[str, Any] = {
         "table": table,
-        "pretrain": f"sslbench pretrain {method} {f'--recipe {own}' if own else f'--arch {arch}'} --data {data}"
-        + (f" --epochs {epochs}" if epochs else ""),
-        "eval": [command.replace("RUN", run) for command in evals],
-        "flops": flops,
-        "device_hours": None if flops is None else device_hours(flops, YARDSTICK),
+        "pretrain": run.command,
+        "eval": [],
+        "flops": None,
+        "device_hours": None,
+        "note": "",
     }
+    s = run.recipe.science
+    if not run.ablation and known_size(s.data.spec) is not None:
+        entry["flops"] = _flops(run.recipe) * length(run.recipe)[2] * s.batch_size
+        entry["device_hours"] = device_hours(entry["flops"], YARDSTICK)
+    return entry
 
 
 def _flops(recipe: Recipe) -> float:

@@ -175,7 +175,7 @@ def _html(c: Content, files: dict[str, bytes], records: list[Record]) -> str:
         its = [_html_paper_table(t, " open" if c.alone else "") for t in c.beside if t.name.startswith(f"{paper}_")]
         body += [f"<h3>{escape(title)}</h3>", *its] if its else []
     body += _html_disagreements(c.disagreements) + _html_deviations(c.deviations)
-    linked = {id for t in c.beside for ids in t.sources.values() for id in ids}
+    linked = {id for t in c.beside for id in t.sources.values()}
     linked |= {r.id for t in c.main + c.other for row in t.rows for cell in row.cells.values() for r in cell.records}
     body += _html_provenance([r for r in records if r.id in linked])
     return (
@@ -285,10 +285,10 @@ def _html_paper_table(t: PaperTable, opened: str = "") -> str:
         return "<tr>" + "".join(f"<{tag}{kind}>{c}</{tag}>" for kind, c in zip(kinds, cells, strict=True)) + "</tr>"
 
     def cell(i: int, j: int) -> str:
-        if not (ids := t.sources.get((i, j))):
+        if not (id := t.sources.get((i, j))):
             return escape(t.rows[i][j])
-        printed, *measured = map(escape, t.rows[i][j].split(" | "))
-        return " | ".join([printed, *(f'<a href="#{id}">{m}</a>' for m, id in zip(measured, ids, strict=True))])
+        printed, measured = map(escape, t.rows[i][j].split(" | "))
+        return f'{printed} | <a href="#{id}">{measured}</a>'
 
     columns = range(len(t.header))
     table = line("th", [escape(h) for h in t.header])

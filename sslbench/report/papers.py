@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..ablate import paper_hashes
 from ..errors import UserError, nearest
-from ..evaluate.features import POOLS
-from ..evaluate.run import eval_recipe
 from ..ledger import Record
 from ..method import methods
 from ..paths import bundled
-from ..recipe import digest
-from ..views import VIEW
-from ..vit import get_arch
-from .tables import RowKey, cell_of, newest, row_key
+from .printed import behind
+from .tables import cell_of, newest
 
 PAPERS = {
     "ocl": "OCL (Yang et al. 2025)",
@@ -45,7 +39,7 @@ class PaperTable:
     keys: int  # how many of the columns, from the left, name the row
     rows: list[list[str]]
     notes: list[str]
-    sources: dict[tuple[int, int], list[str]]  # (row, column) -> a record's id for each number after a bar
+    sources: dict[tuple[int, int], str]  # (row, column) -> the id of a record behind the number after the bar
 
 
 def paper_tables() -> dict[str, Path]:
@@ -70,6 +64,7 @@ def read_paper(name: str) -> pd.DataFrame:
 def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
     """A paper's table, with the ledger's numbers of the same setting and protocol beside the printed ones."""
     frame = read_paper(name)
+    printed = frame.copy()
     frame["column"] = frame["metric"].str.replace("_", " ") + " " + frame["dataset"].str.replace("+", " + ")
     frame["column"] = frame["column"].str.strip()
     frame["condition"] = frame["condition"].str.replace("_", " ")
@@ -87,14 +82,14 @@ def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
     remarks = list(dict.fromkeys(n for n in frame["note"] if n))
     measured = newest(records)
     rows: list[list[str]] = []
-    sources: dict[tuple[int, int], list[str]] = {}
+    sources: dict[tuple[int, int], str] = {}
     for _, group in frame.groupby(["row", *keys, "nth"], sort=False):
         cells = {}
-        for _, line in group.iterrows():
-            found = measured_for(line, frame, measured)
-            cells[line[across]] = " | ".join([_printed(line, remarks), *(text for text, _ in found)])
+        for at, line in group.iterrows():
+            found = measured_for(printed.loc[at], measured)
+            cells[line[across]] = " | ".join([_printed(line, remarks), *(found[:1] if found else ())])
             if found:
-                sources[len(rows), len(keys) + columns.index(line[across])] = [id for _, id in found]
+                sources[len(rows), len(keys) + columns.index(line[across])] = found[1]
         rows.append([group.iloc[0][k].replace(";", ", ") for k in keys] + [cells.get(c, "") for c in columns])
     once = {k: frame[k].iloc[0] for k in KEYS if k not in (*keys, across) and frame[k].nunique() == 1}
     common = ", ".join(KEYS[k].format(v.replace(";", ", ")) for k, v in once.items() if v)
@@ -152,122 +147,20 @@ def _printed(line: Any, remarks: list[str]) -> str:
     return " ".join(part for part in (line["value"] or "-", line["unit"], mark) if part)
 
 
-def measured_for(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[tuple[str, str]]:
-    """What the ledger has for a printed number, each protocol and recipe for itself: `73.9 ± 0.2 (800 ep)`, and the id
-    of a record behind it.
+def measured_for(line: Any, records: list[Record]) -> tuple[str, str] | None:
+    """What the ledger has for a printed number: `73.9 ± 0.2 (-0.3, 800 ep)`, and the id of a record behind it.
 
-    A row of an ablation that is a recipe here has the numbers of that very recipe. Else nothing where the table has
-    several lines of this method, arch, data and metric that a record cannot tell apart: it knows its epochs, but not a
-    row's condition. Where the line is the only one, a record of other epochs says so.
+    Only runs of the very recipe that `report --missing` prints, of all seeds. In brackets the difference to what is
+    printed, then the method and the epochs where they are not as printed.
     """
-    tuned, of_row = tuned_epochs(line["condition"]), paper_hashes(f"{line['paper']}_{line['table']}").get(line["row"])
-    if of_row:
-        fitting = [r for r in records if r.pretrain.recipe_hash == of_row and _facts(r)[3:] == _wanted(line)[3:]]
-    else:
-        fitting = _by_facts(line, frame, records)
-    found: dict[tuple[RowKey, str, str], list[Record]] = defaultdict(list)
-    for r in fitting:
-        if follows(r, protocol_of(line), tuned):
-            found[row_key(r), r.protocol.name, r.protocol.hash].append(r)
-    several = [len({*part}) > 1 for part in zip(*((key[-1], *protocol) for key, *protocol in found), strict=True)]
-    out = []
-    for ((_, _, epochs, preset, recipe), protocol, hash), group in sorted(found.items()):
-        words = [preset] if preset not in ("", "paper") and not of_row else []
-        words += [f"{epochs:g} ep" if epochs else "unknown epochs"] if f"{epochs:g}" != line["epochs"] else []
-        words += [part for part, told in zip((recipe[:6], protocol, hash[:6]), several, strict=True) if told]
-        cell = cell_of(group)
-        if (printed := _number(line["value"])) is not None:
-            words = [f"{cell.value - printed:+.1f}", *words]
-        out.append((f"{cell} ({', '.join(words)})" if words else str(cell), cell.records[0].id))
-    return out
-
-
-def _by_facts(line: Any, frame: pd.DataFrame, records: list[Record]) -> list[Record]:
-    """The records whose method, arch, data and epochs can be those of no other line of the table."""
-    wanted = _wanted(line)
-    records = [r for r in records if r.scale != "tiny" and _facts(r) == wanted]
-    if not records:
-        return []
-    same = ["method", "arch", "pretrain_data", "metric", "dataset"]
-    alike = frame[
-        (frame[same] == line[same]).all(axis=1)
-        & (frame["condition"].map(tuned_epochs) == tuned_epochs(line["condition"]))
-    ]
-    if (alike["epochs"] == line["epochs"]).sum() > 1:
-        return []
-    return [
-        r
-        for r in records
-        if (r.scale == "paper" and len(alike) == 1) or line["epochs"] == f"{r.pretrain.epochs or 0:g}"
-    ]
-
-
-def _facts(r: Record) -> list[str]:
-    words = [r.method, r.arch, r.pretrain.data or "", r.metric, r.dataset]
-    return [w.replace("-", "_") for w in words]  # a folder is `imagenet-a` where the paper's data set is imagenet_a
-
-
-def _wanted(line: Any) -> list[str]:
-    return [plugin_of(line), *(line[k].replace("-", "_") for k in ("arch", "pretrain_data", "metric", "dataset"))]
-
-
-def plugin_of(line: Any) -> str:
-    """The method here that a printed row is of: MiCL is OCL's earlier version; MACRL's MoCo is run as MoCo v3."""
-    return {"micl": "ocl", "MoCo": "mocov3"}.get(line["method"], line["method"])
-
-
-def protocol_of(line: Any) -> tuple[str, str] | None:
-    """The protocol that a printed number was measured under: (command, recipe); None for what is no such number."""
-    paper, method, metric = line["paper"], line["method"], line["metric"]
-    large = line["arch"] in ("vit_l16", "vit_h14", "vit_h16")
-    small = "cifar" if line["dataset"].startswith("cifar") else "subsets"
-    if metric == "linprobe_top1":
-        of_paper = {"ccmim": "linprobe_ccmim", "macrl": f"linprobe_macrl_{small}"}
-        if line["dataset"] != "imagenet":
-            of_paper["asl"] = "linprobe_asl"
-        own = "linprobe_mocov3" if method == "mocov3" and paper != "macrl" else of_paper.get(paper)
-        if large and method in ("ocl", "micl"):
-            own = "linprobe_ocl_l"
-        return "eval linprobe", own or ("linprobe_mae_l" if large else "linprobe_mae")
-    if metric == "finetune_top1":
-        fine = {"inat18": "_inat", "inat19": "_inat", "flowers102": "_flowers"}.get(line["dataset"], "")
-        if paper in ("ocl", "micl"):
-            own = ("finetune_ocl_l" if large else "finetune_ocl_b") if method in ("ocl", "micl") else None
-        else:
-            own = {"asl": "finetune_asl", "ccmim": f"finetune_ccmim{fine}", "macrl": f"finetune_macrl_{small}"}[paper]
-        return "eval finetune", own or ("finetune_l" if large else "finetune")
-    if metric.startswith(("bbox_ap", "mask_ap")):
-        size = {"vit_l16": "_l", "vit_s16": "_s"}.get(line["arch"], "")
-        return "transfer coco", f"coco_{'ocl' if paper == 'micl' else paper}{size}"
-    if metric in ("miou", "aacc", "macc"):
-        own = "ade20k_ocl" if paper in ("ocl", "micl") else "ade20k_mae"
-        return "transfer ade20k", "ade20k_ccmim" if paper == "ccmim" else f"{own}{'_l' if large else ''}"
-    return ("eval robustness", "robustness") if metric == "top1" and "imagenet_" in line["dataset"] else None
-
-
-def tuned_epochs(condition: str) -> int:
-    """Epochs of the evaluation, where a row states them, as `linprobe epochs=100`; else 0."""
-    stated = re.search(r"(?:linprobe|finetune)[ _]epochs=(\d+)", condition)
-    return int(stated[1]) if stated else 0
-
-
-def follows(r: Record, protocol: tuple[str, str] | None, epochs: int = 0) -> bool:
-    """Whether a record was measured under that recipe as it is shipped, on whichever feature the recipe leaves open.
-
-    epochs: of the evaluation, 0 for the recipe's.
-    """
-    pool = r.protocol.name.removeprefix(protocol[1] if protocol else "").removeprefix("_")
-    if protocol is None or r.protocol.name not in (protocol[1], f"{protocol[1]}_{pool}") or pool not in ("", *POOLS):
-        return False
-    command, _, kind = protocol[0].partition(" ")
-    if command != "eval" or kind == "robustness":
-        return True
-    sets = [f"science.epochs={epochs}"] if epochs else []
-    science = eval_recipe(kind, protocol[1], sets).science.model_dump(mode="json")
-    side = science.get("image_size") or get_arch(r.arch).image
-    science = {**science, "pool": pool, "image_size": [side, side]}
-    any_version = [science] if side < 224 else []  # of images that all see alike: features.view_of
-    return r.protocol.hash in map(digest, [{**science, "view": VIEW}, *any_version])
+    if not (found := behind(line, records)):
+        return None
+    r, cell = found[0], cell_of(found)
+    epochs = f"{r.pretrain.epochs or 0:g}"
+    words = [] if (printed := _number(line["value"])) is None else [f"{cell.value - printed:+.1f}"]
+    words += [r.method] if r.method != line["method"] else []
+    words += [f"{epochs} ep"] if epochs != line["epochs"] else []
+    return f"{cell} ({', '.join(words)})" if words else str(cell), cell.records[0].id
 
 
 def _number(printed: str) -> float | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ..errors import UserError
-from ..recipe import Machine, Strict, find_recipe, merge, parse_sets, read_tree, validate
+from ..recipe import Machine, Strict, digest, find_recipe, merge, parse_sets, read_tree, validate
 
 
 class Encoder(Strict):
@@ -154,6 +154,10 @@ class TransferRecipe(Strict):
     name: str
     science: Coco | Ade20k = Field(discriminator="protocol")
     machine: TransferMachine = TransferMachine()
+
+    def protocol_hash(self) -> str:
+        """Of all that may change a number but the run and the seed."""
+        return digest(self.science.model_dump(mode="json", exclude={"seed"}))
 
 
 DEFAULT = {"coco": "coco_vitdet", "ade20k": "ade20k_mae"}

@@ -91,8 +91,7 @@ class TransferJob:
         with self.scope():
             self.train, self.val = self.task.open_data(root, s)
         self.spec = self.train.name
-        science = {k: v for k, v in s.model_dump(mode="json").items() if k != "seed"}
-        self.protocol = {"name": recipe.name, "hash": digest(science)}
+        self.protocol = {"name": recipe.name, "hash": recipe.protocol_hash()}
         hash = digest([self.protocol["hash"], subject.sha256, self.spec, self.train.fingerprint])
         self.identity = {"arch": subject.arch, "recipe_hash": hash, "seed": s.seed}
         origin = subject.path.parent.name if subject.run and subject.path else subject.name

@@ -1,0 +1,134 @@
+"""Every command that `report --missing` prints, run without training or images, fills the cell it was printed for."""
+
+import contextlib
+import io
+import itertools
+import json
+import shlex
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import nn
+
+from sslbench import ablate, ledger, provenance
+from sslbench.data import open_split
+from sslbench.evaluate import features, finetune, probe
+from sslbench.evaluate import run as evaluation
+from sslbench.method import get_method, methods
+from sslbench.recipe import dump
+from sslbench.report.missing import missing
+from sslbench.report.papers import measured_for, paper_tables, read_paper
+from sslbench.report.printed import plugin_of, protocol_of
+from sslbench.report.tables import newest
+from sslbench.train import loop
+from sslbench.train.job import save_weights
+from sslbench.train.state import sha256_file
+from sslbench.transfer import run as transfer
+from sslbench.vit import get_arch
+
+NUMBERS = [name for name in paper_tables() if not name.endswith("_text")]
+SPENT = {"wall_s": 1.0, "device_hours": 0.1, "flops": 1e9, "peak_memory_gib": 1.0, "joules": None, "images_seen": 1}
+
+
+def pretend(job, folder, console, progress=True, by=None):
+    """In place of `fit`: the run folder of a finished run, its weights one number with the true metadata."""
+    if (folder / "run.json").is_file():
+        return "already finished"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(dump(job.recipe))
+    weights, tensors = folder / "weights.safetensors", {"of": torch.tensor([hash(folder.name)])}
+    if job.kind == "pretrain":
+        s = job.recipe.science
+        encoder = SimpleNamespace(state_dict=lambda: tensors, arch=get_arch(s.arch), image=(s.data.image_size,) * 2)
+        save_weights(weights, SimpleNamespace(encoder=encoder, pool=get_method(job.recipe.method).pool), job.recipe)
+    else:
+        save_file(tensors, weights)
+    info = {"kind": job.kind, **job.info(), "status": "finished", "updated": provenance.now(), "cost": SPENT}
+    info["weights_sha256"] = sha256_file(weights)
+    (folder / "run.json").write_text(json.dumps(info))
+    return "finished"
+
+
+@pytest.fixture
+def virtually(tmp_path, monkeypatch, run_here):
+    """virtually(command): what the command line does but for data, training and forward passes. Every value differs."""
+    monkeypatch.setenv("SSLBENCH_HOME", str(tmp_path))
+    values = itertools.count(1)
+    splits = [open_split("builtin", split) for split in ("train", "val")]
+    encoder_of = features._from_file
+
+    def on_meta(path, info):
+        with torch.device("meta"):
+            return encoder_of(path, info)
+
+    def right(model, data, *_):
+        """Logits that are right for as many of the images as the next value says."""
+        logits = torch.nn.functional.one_hot(data.labels, len(data.classes)).float()
+        return logits * torch.where(torch.arange(len(data)) < next(values), 1, -1)[:, None]
+
+    def task(kind, names):
+        def open_data(root, science):
+            return [transfer.Split(kind, split, [0] * 100, kind) for split in ("train", "val")]
+
+        def score(*_):
+            return {name: next(values) / 10 for name in names}, {}
+
+        module = SimpleNamespace(open_data=open_data, score=score, draw=lambda *_: None, image_size=lambda s: 1024)
+        monkeypatch.setitem(sys.modules, f"sslbench.transfer.{kind}", module)
+
+    task("coco", [f"{what}_ap{at}" for what in ("bbox", "mask") for at in ("", "50", "75")])
+    task("ade20k", ["miou", "aacc", "macc"])
+    monkeypatch.setitem(sys.modules, "sslbench.transfer.runner", SimpleNamespace(train=None))
+    for module in (loop, evaluation, transfer):
+        monkeypatch.setattr(module, "fit", pretend)
+    monkeypatch.setattr(features, "_from_file", on_meta)
+    monkeypatch.setattr(features, "load_exactly", lambda *_: None)
+    for module in (ablate, evaluation):
+        monkeypatch.setattr(module, "open_both", lambda spec: splits)
+    monkeypatch.setattr(ablate, "open_split", lambda spec, split: splits[0])
+    monkeypatch.setattr(evaluation, "open_test", lambda spec: splits[1])
+    monkeypatch.setattr(evaluation, "predict", right)
+    tuned = SimpleNamespace(encoder=SimpleNamespace(image=(224, 224)))
+    monkeypatch.setattr(evaluation, "load_classifier", lambda path: (tuned, splits[1].classes, "vit_b16"))
+    for job in (finetune.FinetuneJob, probe.ProbeJob):
+        monkeypatch.setattr(job, "score", lambda *_: (next(values) / 10, {}))
+    monkeypatch.setattr(transfer, "require", lambda: None)
+    monkeypatch.setattr(transfer, "find_data", lambda kind, data: tmp_path)
+    monkeypatch.setattr(transfer, "read_safetensors", lambda path: ({}, {}))
+    monkeypatch.setattr(transfer.TransferJob, "scope", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(transfer.TransferJob, "build", lambda self: nn.Identity())
+    monkeypatch.setattr("sslbench.report.missing._flops", lambda recipe: 1.0)
+
+    def run(command):
+        words = shlex.split(command)
+        assert words[0] == "sslbench"
+        done = run_here(*words[1:], home=tmp_path, env={"SSLBENCH_HOME": str(tmp_path)})
+        assert done.returncode == 0, (command, done.stderr)
+
+    return run
+
+
+def own_numbers():
+    """(table, line) of every number that a paper prints of what this suite trains."""
+    for name in NUMBERS:
+        for _, line in read_paper(name).iterrows():
+            if line["value"] and plugin_of(line) in methods() and protocol_of(line):
+                yield name, line
+
+
+def test_every_command_of_missing_fills_the_cells_it_was_printed_for(virtually):
+    quiet = Console(file=io.StringIO())
+    for entry in missing([], [], quiet):
+        for command in (entry["pretrain"], *entry["eval"]):
+            virtually(command)
+    records = newest(ledger.read())
+    lines = list(own_numbers())
+    filled = [measured_for(line, records) for _, line in lines]
+    empty = [(name, *line[["row", "method", "metric", "dataset"]])
+             for (name, line), found in zip(lines, filled, strict=True) if not found]  # fmt: skip
+    assert len(lines) > 300 and not empty
+    assert missing([], records, quiet) == []
