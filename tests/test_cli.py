@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from sslbench.ablate import read_ablation, row_recipes
+from sslbench.ablation import read_ablation, row_recipes
 from sslbench.cli import app
 from sslbench.data import open_split
 from sslbench.evaluate.features import open_subject

@@ -1,6 +1,7 @@
 """Every command that `report --missing` prints, run without training or images, fills the cell it was printed for."""
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -22,13 +23,13 @@ from sslbench.method import get_method, methods
 from sslbench.recipe import dump
 from sslbench.report.missing import missing
 from sslbench.report.papers import measured_for, paper_tables, read_paper
-from sslbench.report.printed import plugin_of, protocol_of
+from sslbench.report.printed import behind, plugin_of, protocol_of
 from sslbench.report.tables import newest
 from sslbench.train import loop
 from sslbench.train.job import save_weights
 from sslbench.train.state import sha256_file
 from sslbench.transfer import run as transfer
-from sslbench.vit import get_arch
+from sslbench.vit import VisionTransformer, get_arch
 
 NUMBERS = [name for name in paper_tables() if not name.endswith("_text")]
 SPENT = {"wall_s": 1.0, "device_hours": 0.1, "flops": 1e9, "peak_memory_gib": 1.0, "joules": None, "images_seen": 1}
@@ -55,15 +56,16 @@ def pretend(job, folder, console, progress=True, by=None):
 
 @pytest.fixture
 def virtually(tmp_path, monkeypatch, run_here):
-    """virtually(command): what the command line does but for data, training and forward passes. Every value differs."""
+    """virtually(command): what the command line does, its folders, hashes and records too, but for images, training and
+    forward passes. Every value differs."""
     monkeypatch.setenv("SSLBENCH_HOME", str(tmp_path))
     values = itertools.count(1)
     splits = [open_split("builtin", split) for split in ("train", "val")]
-    encoder_of = features._from_file
 
-    def on_meta(path, info):
+    @functools.cache
+    def shapes(arch, image):
         with torch.device("meta"):
-            return encoder_of(path, info)
+            return VisionTransformer(arch, image)
 
     def right(model, data, *_):
         """Logits that are right for as many of the images as the next value says."""
@@ -85,7 +87,7 @@ def virtually(tmp_path, monkeypatch, run_here):
     monkeypatch.setitem(sys.modules, "sslbench.transfer.runner", SimpleNamespace(train=None))
     for module in (loop, evaluation, transfer):
         monkeypatch.setattr(module, "fit", pretend)
-    monkeypatch.setattr(features, "_from_file", on_meta)
+    monkeypatch.setattr(features, "VisionTransformer", shapes)
     monkeypatch.setattr(features, "load_exactly", lambda *_: None)
     for module in (ablate, evaluation):
         monkeypatch.setattr(module, "open_both", lambda spec: splits)
@@ -103,11 +105,12 @@ def virtually(tmp_path, monkeypatch, run_here):
     monkeypatch.setattr(transfer.TransferJob, "build", lambda self: nn.Identity())
     monkeypatch.setattr("sslbench.report.missing._flops", lambda recipe: 1.0)
 
-    def run(command):
+    def run(command, status=0):
         words = shlex.split(command)
         assert words[0] == "sslbench"
         done = run_here(*words[1:], home=tmp_path, env={"SSLBENCH_HOME": str(tmp_path)})
-        assert done.returncode == 0, (command, done.stderr)
+        assert done.returncode == status, (command, done.stderr)
+        return done
 
     return run
 
@@ -122,13 +125,32 @@ def own_numbers():
 
 def test_every_command_of_missing_fills_the_cells_it_was_printed_for(virtually):
     quiet = Console(file=io.StringIO())
-    for entry in missing([], [], quiet):
-        for command in (entry["pretrain"], *entry["eval"]):
-            virtually(command)
-    records = newest(ledger.read())
-    lines = list(own_numbers())
-    filled = [measured_for(line, records) for _, line in lines]
-    empty = [(name, *line[["row", "method", "metric", "dataset"]])
-             for (name, line), found in zip(lines, filled, strict=True) if not found]  # fmt: skip
-    assert len(lines) > 300 and not empty
-    assert missing([], records, quiet) == []
+    entries = missing([], [], quiet)
+    for command in dict.fromkeys(c for entry in entries for c in (entry["pretrain"], *entry["eval"])):
+        virtually(command)
+    records, lines = newest(ledger.read()), list(own_numbers())
+    held = {(name, *line[["row", "method", "metric", "dataset"]]): len(behind(line, records)) for name, line in lines}
+    assert len(lines) > 300 and {k: n for k, n in held.items() if n != 1} == {}
+    assert all(measured_for(line, records) for _, line in lines) and missing([], records, quiet) == []
+
+
+def test_robustness_scores_the_model_that_is_meant_or_none(virtually, tmp_path):
+    """Of two fine-tuned models the first is tuned "again" and found finished, which does not make it the newest."""
+    for method in ("mae", "ocl"):
+        virtually(f"sslbench pretrain {method} --arch vit_b16 --data imagenet")
+    mae, ocl = sorted((tmp_path / "runs").iterdir())
+    for run in (mae, ocl, mae):
+        virtually(f"sslbench eval finetune {run} --recipe finetune --data imagenet")
+    score = "sslbench eval robustness {} --data folder:imagenet-a --json"
+    said = virtually(score.format(""), status=2).stderr
+    assert "2 fine-tuned models" in said and f"finetune_{mae.name}" in said and f"finetune_{ocl.name}" in said
+    for run in (mae, ocl, mae.name):
+        answer = json.loads(virtually(score.format(run)).stdout.splitlines()[-1])
+        assert (answer["method"], answer["metric"]) == (getattr(run, "name", run).partition("_")[0], "top1")
+    virtually(f"sslbench eval finetune {mae} --recipe finetune_ccmim --data imagenet")
+    assert "--set science.finetune=" in virtually(score.format(mae), status=2).stderr
+    by = [json.loads(virtually(score.format(f"{mae} --set science.finetune={name}")).stdout.splitlines()[-1])
+          for name in ("finetune", "finetune_ccmim")]  # fmt: skip
+    assert by[0]["protocol"]["hash"] != by[1]["protocol"]["hash"] and answer["protocol"] == by[0]["protocol"]
+    assert "by that recipe" in virtually(score.format(f"{mae} --set science.finetune=finetune_l"), status=2).stderr
+    virtually(score.format(f"{mae} --set science.finetune=finetune_x"), status=2)

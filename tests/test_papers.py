@@ -8,13 +8,17 @@ import pytest
 from rich.console import Console
 from test_report import ALL_TABLES, METHODS, fields, pretrain, records
 
-from sslbench.ablate import protocols, read_ablation, row_recipes
-from sslbench.evaluate.run import eval_recipe
+from sslbench.ablate import evaluations
+from sslbench.ablation import read_ablation, row_recipes
+from sslbench.data import known_size
+from sslbench.evaluate.run import eval_recipe, scale_of
 from sslbench.pretrain import compose
-from sslbench.recipe import digest
+from sslbench.recipe import digest, recipe_files
 from sslbench.report.missing import missing
 from sslbench.report.page import report, write_page
-from sslbench.report.papers import PAPERS, deviations, disagreements, protocol_of, read_paper, reported_beside_measured
+from sslbench.report.papers import PAPERS, deviations, disagreements, read_paper, reported_beside_measured
+from sslbench.report.printed import protocol_of
+from sslbench.transfer.protocol import transfer_recipe
 from sslbench.views import VIEW
 
 
@@ -25,10 +29,12 @@ def protocol(recipe="linprobe_mae", pool="cls", *sets):
     return {"name": f"{recipe}_{pool}", "hash": digest({**science, **seen})}
 
 
-def at_paper_scale(value, metric="linprobe_top1", epochs=1600, method="mae", **over):
+def at_paper_scale(value, metric="linprobe_top1", epochs=1600, method="mae", sets=(), **over):
+    """Of a run by `sslbench pretrain METHOD --arch ARCH --data imagenet --epochs N`, with `sets` as its --set."""
+    science = {"arch": over.get("arch", "vit_b16"), "data": {"spec": "imagenet"}, "epochs": epochs}
+    hash = compose(method, science=science, sets=[*sets]).hash()
     base = {"scale": "paper", "arch": "vit_b16", "dataset": "imagenet", "metric": metric, "stderr": 0.1,
-            "protocol": protocol(),
-            "pretrain": pretrain(data="imagenet", epochs=epochs, recipe_hash=f"{method}{epochs}")}  # fmt: skip
+            "protocol": protocol(), "pretrain": pretrain(data="imagenet", epochs=epochs, recipe_hash=hash)}  # fmt: skip
     return fields(value, method, **{**base, **over})
 
 
@@ -69,7 +75,7 @@ def test_what_a_paper_prints_twice_under_one_name_takes_two_lines(home, tmp_path
     (tmp_path / "x_t1.csv").write_text(head + line.format(74.2) + line.format(74.3))
     monkeypatch.setattr("sslbench.report.papers.bundled", lambda _: tmp_path)
     table = reported_beside_measured("x_t1", records(at_paper_scale(74, epochs=800, method="ocl")))
-    assert table.rows == [["ocl", "74.2"], ["ocl", "74.3"]]
+    assert table.rows == [["ocl", "74.2 | 74.0 ± 0.2 (-0.2)"], ["ocl", "74.3 | 74.0 ± 0.2 (-0.3)"]]
     assert table.common == "vit_b16, pre-trained on imagenet, 800 epochs"
 
 
@@ -95,11 +101,25 @@ def test_a_condition_that_a_column_repeats_is_not_said_twice_and_methods_across_
     assert table.header[-2:] == ["mae vit_b16 imagenet 1600 ep", "ccmim vit_b16 imagenet 800 ep"]
 
 
-def test_measured_stands_beside_reported_at_the_papers_scale_alone(home):
-    measured = records(at_paper_scale(67.5), at_paper_scale(60, seed=1, scale="tiny"))
-    beside = cell_of("ocl_t6", ["mae", "vit_b16"], measured)
-    assert beside == ["68.0 | 67.5 ± 0.2 (-0.5)", "83.6"]
-    assert cell_of("ocl_t6", ["mae", "vit_l16"], []) == ["76.0", "85.9"]
+def test_measured_stands_beside_reported_for_the_rows_own_recipe_alone(home):
+    other = [at_paper_scale(60, epochs=400), at_paper_scale(61, sets=["science.method.mask_ratio=0.6"]),
+             at_paper_scale(62, sets=["science.batch_size=2048"])]  # fmt: skip
+    measured = records(at_paper_scale(67.5), *other)
+    assert cell_of("ocl_t6", ["mae", "vit_b16"], measured) == ["68.0 | 67.5 ± 0.2 (-0.5)", "83.6"]
+    assert cell_of("ocl_t6", ["mae", "vit_b16"], records(*other, fields())[:3]) == ["68.0", "83.6"]
+    assert cell_of("ocl_t6", ["mae", "vit_l16"], measured) == ["76.0", "85.9"]
+
+
+def test_an_ablations_row_is_in_no_headline_cell_but_where_it_is_that_very_recipe(home):
+    """Five values of kappa: 64 is the method's own."""
+    under = {"method": "ocl", "arch": "vit_l16", "protocol": protocol("finetune_ocl_l", "mean")}
+    hashes = {i: recipe.hash() for i, recipe in row_recipes(read_ablation("ocl_t5"), "paper").items()}
+    runs = {i: pretrain(data="imagenet", epochs=800, recipe_hash=hash) for i, hash in hashes.items()}
+    measured = records(*(at_paper_scale(80 + i, "finetune_top1", pretrain=run, **under) for i, run in runs.items()))
+    own = "85.8 [4] | 84.0 ± 0.2 (-1.8, 800 ep)"
+    assert cell_of("ocl_t6", ["ocl", "vit_l16"], measured)[1] == own
+    assert [row[2].partition(" | ")[2][:4] for row in reported_beside_measured("ocl_t5", measured).rows] == [
+        "81.0", "82.0", "83.0", "84.0", "85.0"]  # fmt: skip
 
 
 def test_a_measured_number_in_a_papers_table_opens_its_provenance(home, tmp_path):
@@ -123,9 +143,10 @@ def test_small_sets_tables_take_numbers_of_their_own_epochs_alone(home):
     def shown(epochs, probe):
         science = eval_recipe("linprobe", "linprobe_macrl_cifar", [f"science.epochs={probe}"]).science
         hash = digest({**science.model_dump(mode="json"), "pool": "mean_all", "image_size": [32, 32]})
+        run = compose("macrl", science={"arch": "macrl12", "data": {"spec": "cifar10"}, "epochs": epochs})
         measured = at_paper_scale(85.0, method="macrl", arch="macrl12", dataset="cifar10", scale="cifar",
                                   protocol={"name": "linprobe_macrl_cifar_mean_all", "hash": hash},
-                                  pretrain=pretrain(data="cifar10", epochs=epochs))  # fmt: skip
+                                  pretrain=pretrain(data="cifar10", epochs=epochs, recipe_hash=run.hash()))  # fmt: skip
         table = reported_beside_measured("macrl_t2", records(measured))
         return [row[1] for row in table.rows if "| 85.0" in row[2]]
 
@@ -133,33 +154,40 @@ def test_small_sets_tables_take_numbers_of_their_own_epochs_alone(home):
     assert shown(100, 200) == shown(2000, 7) == []
 
 
-def test_seeds_are_one_number_and_recipes_and_protocols_are_several(home):
+def test_seeds_are_one_number_and_another_feature_is_another_protocol(home):
+    """The mean of patches is MAE's where somebody sets it: its recipe leaves that to the method, which says CLS."""
     measured = records(*(at_paper_scale(v, seed=s) for s, v in enumerate((67, 68))))
+    measured += records(at_paper_scale(66, protocol=protocol(pool="mean"), weights_sha256="w"))
     assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == "68.0 | 67.5 ± 6.4 (-0.5)"  # t(.975, 1) 0.5
-    mean = {"protocol": protocol(pool="mean"), "weights_sha256": "w"}
-    measured += records(at_paper_scale(66, **mean))
-    assert cell_of("ocl_t6", ["mae", "vit_b16"], measured)[0] == (
-        f"68.0 | 67.5 ± 6.4 (-0.5, linprobe_mae_cls, {protocol()['hash'][:6]})"
-        f" | 66.0 ± 0.2 (-2.0, linprobe_mae_mean, {mean['protocol']['hash'][:6]})"
-    )
-    other = at_paper_scale(65, pretrain=pretrain(data="imagenet", epochs=1600, recipe_hash="z"))
-    assert cell_of("ocl_t6", ["mae", "vit_b16"], records(fields(), other, at_paper_scale(64)))[0] == (
-        "68.0 | 64.0 ± 0.2 (-4.0, mae160) | 65.0 ± 0.2 (-3.0, z)"
-    )
 
 
-def test_other_epochs_are_said_and_lines_that_a_record_cannot_tell_apart_stay_alone(home):
-    ocl = records(at_paper_scale(74.0, epochs=800, method="ocl"))
-    assert cell_of("ocl_t6", ["ocl", "vit_b16"], ocl)[0] == "74.2 [4] | 74.0 ± 0.2 (-0.2, 800 ep)"  # it prints 1600
-    box = {"metric": "bbox_ap", "dataset": "coco", "protocol": {"name": "coco_ocl", "hash": "d"}}
-    rows = records(*(at_paper_scale(50.0, epochs=e, weights_sha256=f"{e}", **box) for e in (400, 800)))
-    assert (
-        cell_of("ocl_t7", ["mae", "vit_b16", "400"], rows)[0] == "50.6 | 50.0 ± 0.2 (-0.6)"
-    )  # 400 and 1600 are printed
-    assert cell_of("ocl_t7", ["mae", "vit_b16", "1600"], rows)[0] == "51.6"
-    large = records(at_paper_scale(85, "finetune_top1", 800, "ocl", arch="vit_l16"))
-    kappa = reported_beside_measured("ocl_t5", large)  # five values of kappa, which a record does not know
-    assert not any("|" in cell for row in kappa.rows for cell in row)
+def test_what_was_run_otherwise_than_printed_is_said(home):
+    """OCL's Table 6 prints 1,600 epochs where all else says 800; MiCL is run as OCL, and MACRL's MoCo as MoCo v3."""
+    measured = records(at_paper_scale(74.0, epochs=800, method="ocl"))
+    assert cell_of("ocl_t6", ["ocl", "vit_b16"], measured)[0] == "74.2 [4] | 74.0 ± 0.2 (-0.2, 800 ep)"
+    assert cell_of("micl_t6", ["micl", "vit_b16", "800"], measured)[0] == "74.2 | 74.0 ± 0.2 (-0.2, ocl)"
+    science = eval_recipe("linprobe", "linprobe_macrl_cifar", ["science.epochs=1000"]).science.model_dump(mode="json")
+    hash = digest({**science, "image_size": [32, 32]})
+    run = compose("mocov3", science={"arch": "macrl12", "data": {"spec": "cifar10"}, "epochs": 2000})
+    moco = at_paper_scale(80.0, method="mocov3", arch="macrl12", dataset="cifar10", scale="cifar",
+                          protocol={"name": "linprobe_macrl_cifar_mean_all", "hash": hash},
+                          pretrain=pretrain(data="cifar10", epochs=2000, recipe_hash=run.hash()))  # fmt: skip
+    table = reported_beside_measured("macrl_t2", records(moco))
+    (note,) = [i for i, note in enumerate(table.notes, 1) if "MoCo v1 (He et al. 2020)" in note]
+    assert [row[2] for row in table.rows if row[0] == "MoCo"] == [f"86.16 [{note}] | 80.0 ± 0.2 (-6.2, mocov3)"]
+
+
+def test_a_transfer_or_a_robustness_is_the_rows_by_the_hash_of_its_protocol_never_by_its_name(home):
+    box = {"metric": "bbox_ap", "dataset": "coco", "epochs": 400}
+    for shipped, shown in ((transfer_recipe("coco", "coco_ocl"), "50.6 | 50.0 ± 0.2 (-0.6)"),
+                           (transfer_recipe("coco", "coco_ocl", ["science.iterations=100"]), "50.6"),
+                           (transfer_recipe("coco", "coco_ocl_smoke"), "50.6")):  # fmt: skip
+        at = at_paper_scale(50.0, protocol={"name": "coco_ocl", "hash": shipped.protocol_hash()}, **box)
+        assert cell_of("ocl_t7", ["mae", "vit_b16", "400"], records(at))[0] == shown
+    for tuned, shown in (("finetune", "35.9 | 35.0 ± 0.2 (-0.9)"), ("finetune_smoke", "35.9")):
+        hash = digest([{"protocol": "robustness", "restrict": True}, protocol(tuned, "mean")["hash"], 224, VIEW])
+        at = at_paper_scale(35.0, "top1", dataset="imagenet-a", protocol={"name": "robustness", "hash": hash})
+        assert cell_of("ocl_t8", ["mae", "1600"], records(at))[0] == shown
 
 
 # ------------------------------------------------------------------- what the papers disagree on; what is missing
@@ -286,6 +314,19 @@ def test_missing_lists_what_to_run_and_shrinks_with_what_was_run(home):
     assert missing(["ocl_t5"], [], console)[0]["pretrain"] == "sslbench ablate ocl_t5 --scale paper"
 
 
+def test_missing_asks_for_nothing_that_the_paper_leaves_blank_or_contradicts(home):
+    """OCL has a row of ccMIM's ViT-L, and one of MoCo v3's, without a number."""
+    console = Console(file=io.StringIO())
+    asked = [x["pretrain"] for x in missing(["ocl_t6", "ocl_t7"], [], console)]
+    assert not any("ccmim --arch vit_l16" in c for c in asked)
+    assert [c for c in asked if "mocov3 --arch vit_l16" in c] == [
+        "sslbench pretrain mocov3 --arch vit_l16 --data imagenet --epochs 600"
+    ]
+    assert {c for c in asked if "pretrain ocl" in c and "1600" in c} == set()
+    runs = [c for c in asked if "pretrain ocl --arch vit_b16" in c]
+    assert len(runs) == 2 and len({_recipe(c).hash() for c in runs}) == 1  # one run fills both tables
+
+
 def test_missing_commands_train_a_tables_rows_alike_and_say_where_the_paper_contradicts_itself(home):
     """ASL trains MAE with its own settings (section 4.5); OCL's Table 6 prints 1,600 epochs, all else says 800."""
     console = Console(file=io.StringIO(), width=300)
@@ -308,20 +349,43 @@ def _recipe(command):
     return compose(words[2], recipe=given.get("--recipe"), science=science)
 
 
-def test_an_ablations_row_has_the_numbers_of_its_very_recipe(home):
-    """Five values of kappa, which a record knows by the hash of its recipe."""
-    rows = row_recipes(read_ablation("ocl_t5"), "paper")
-    (tune,) = protocols("ocl_t5", 2, "paper")
-    assert (tune.name, tune.science.protocol) == ("finetune_ocl_l", "finetune")
-    assert [p.name for p in protocols("ocl_t2", 6, "paper")] == ["linprobe_mae", "finetune_ocl_b"]
-    assert [p.name for p in protocols("ocl_t2", 6, "tiny")] == ["knn", "linprobe"]
-    under = {"arch": "vit_l16", "protocol": protocol("finetune_ocl_l", "mean")}
-    own = pretrain(data="imagenet", epochs=800, recipe_hash=rows[2].hash())
-    measured = records(at_paper_scale(85.0, "finetune_top1", 800, "ocl", pretrain=own, **under))
-    table = reported_beside_measured("ocl_t5", measured)
-    assert [row for row in table.rows if "| 85.0" in row[2]] == [
-        ["ocl", "kappa=16", "85.1 | 85.0 ± 0.2 (-0.1, 800 ep)"]
-    ]
+def test_an_ablations_row_is_measured_as_its_paper_measured_it(home):
+    """Transfer too; the quick probes stand in at the small scales alone, also where the paper has no table of it."""
+
+    def by(table, row, scale="paper", data=None):
+        return [(e.command, e.recipe, e.data) for e in evaluations(read_ablation(table), row, scale, data)]
+
+    assert by("ocl_t5", 2) == [("eval finetune", "finetune_ocl_l", None)]
+    assert by("micl_t2", 6) == by("ocl_t2", 6) == [("eval linprobe", "linprobe_mae", None),
+                                                   ("eval finetune", "finetune_ocl_b", None)]  # fmt: skip
+    assert by("asl_t7", 3) == [("eval linprobe", "linprobe_mae", "imagenet"), ("transfer coco", "coco_asl", None)]
+    assert by("asl_t7", 3, data="coco:/x")[1] == ("transfer coco", "coco_asl", "coco:/x")
+    assert by("ccmim_f2", 7) == [("eval linprobe", "linprobe_ccmim", None)]
+    assert [e[1] for e in by("macrl_s3", 1)] == ["linprobe_macrl_cifar", "finetune_macrl_cifar"]
+    for table in ("ocl_t2", "ccmim_f2", "macrl_s3"):
+        assert [e[1] for e in by(table, 1, "tiny")] == [e[1] for e in by(table, 1, "cifar")] == ["knn", "linprobe"]
+
+
+def test_the_papers_sets_at_full_size_are_the_papers_scale():
+    shipped = [compose(name.split("/")[0], recipe=name).science.data for name in recipe_files()]
+    papers = {(d.spec, d.image_size) for d in shipped if d.image_size >= 224 and d.spec != "builtin"}
+    assert {"imagenet", "imagenet100+coco", "coco", "imagenette", "imagewoof"} <= {spec for spec, _ in papers}
+    assert {scale_of(spec, size) for spec, size in papers} == {"paper"}
+    assert scale_of("imagenet100-256px+coco-256px", 224) == "paper" and scale_of("tiny-imagenet", 64) == "cifar"
+    assert {scale_of("builtin", 224), scale_of("builtin", 32), scale_of("photographs", 224)} == {"tiny"}
+
+
+def test_asls_epochs_that_were_computed_are_those_of_its_iterations():
+    """Batches of 4,096, the last part of an epoch dropped: 312 of ImageNet-1K, 59 of ImageNet-100 with COCO."""
+    found = {}
+    for table in ("asl_t3", "asl_t4"):
+        for line in read_paper(table).itertuples():
+            if line.epochs and line.metric == "pretrain_iterations":
+                images = known_size(line.pretrain_data)
+                assert int(line.epochs) * (images // 4096) // 1000 == int(line.value.strip("~k"))
+                found[line.method, line.value] = line.epochs
+                assert "epochs" in line.note
+    assert found["mocov3", "~187k"] == "600" and found["asl", "~236k"] == "4000" and len(found) == 6
 
 
 # ------------------------------------------------------------------------------ the hyper-parameter tables of OCL

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from ..ablation import paper_rows
 from ..listing import parameters
 from ..paths import home
 from ..vit import ARCHS
@@ -94,6 +95,7 @@ def _ocl_3(all_tables: list[Table]) -> PaperFigure:
         axis.margins(y=0.15)
         _title(axis, f"measured: {table.title}, {_linear(table)}; {', '.join(_devices(table))}")
         named.append(points)
+    rows, command = {r.hash() for r in paper_rows("ocl_t3").values()}, "sslbench ablate ocl_t3 --scale paper"
     figure.supxlabel("device hours of pre-training; area: parameters; y: top-1, %", fontsize=9)
     _name(figure, panels, named)
     return PaperFigure(
@@ -102,7 +104,7 @@ def _ocl_3(all_tables: list[Table]) -> PaperFigure:
         "The paper draws MAE, I-JEPA and MoCo v3 too, and prints no hours of theirs: open circles are what Tables 3 "
         "and 4 print. Hours on two kinds of machine, or accuracies on two data sets, share no axis.",
         figure,
-        [] if any(t.key[0] == "paper" for t in measured) else ["sslbench ablate ocl_t3 --scale paper"],
+        [] if rows & {row.first.pretrain.recipe_hash for t in measured for row in t.trained} else [command],
     )
 
 

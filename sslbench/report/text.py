@@ -19,9 +19,10 @@ HOW = (
     "the difference to the untrained ViT."
 )
 BESIDE = (
-    "As printed; `-` where the paper prints no number. After the bar, what was measured with the same method, arch, "
-    "data, metric and protocol, and in brackets its difference to the printed number; where its epochs are not the "
-    "paper's, it says so."
+    "As printed; `-` where the paper prints no number. After the bar, what was measured by the recipe and the protocol "
+    "that `sslbench report --missing` names for this number, mean over seeds, and in brackets its difference to the "
+    "printed number, then the method and the epochs where they are not as printed. MiCL's rows are run as OCL, whose "
+    "earlier version it is. MoCo in MACRL's tables is MoCo v1, which is not in the suite: MoCo v3 is run in its place."
 )
 FIGURES = (
     "What is printed and what was measured, drawn anew. Curves, attention and token similarity come from the run "
