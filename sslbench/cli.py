@@ -259,6 +259,44 @@ _transfer_command("ade20k", "UPerNet: mIoU. The same command again resumes an un
 
 
 @app.command()
+def study(
+    name: Annotated[
+        str | None, typer.Argument(help="A study or its file, such as hybrids_cifar10; `sslbench list recipes`.")
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Methods to compare without a file; path/to/file.py:Class too."),
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Of each run: 100TFLOP, 10epochs, 20min; may be given again.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each row and budget.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="This row alone; may be given again.")] = None,
+    scale: Annotated[str | None, typer.Option(help="tiny, cifar or paper, where the study has scales.")] = None,
+    data: Data = None,
+    sets: Sets = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each with its GPU or its share of the cores.")] = 1,
+    slurm: Annotated[
+        str | None, typer.Option(metavar="KEY=VALUE,...", help="Submit an array of jobs with sbatch's options.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every run and what it takes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare methods at equal budgets: train, measure, rank. The same command goes on where it was stopped."""
+    from .study.command import StudyFailed
+    from .study.command import study as run
+
+    methods = [m.strip() for m in rows.split(",") if m.strip()] if rows else None
+    try:
+        found = run(name, console(as_json), rows=methods, budgets=budget, seeds=seeds, only=only, scale=scale,
+                    data=data, sets=sets, jobs=jobs, slurm=slurm, dry_run=dry_run)  # fmt: skip
+    except StudyFailed as e:
+        answer(as_json, e.answer)
+        raise
+    answer(as_json, found)
+
+
+@app.command()
 def ablate(
     table: Annotated[str, typer.Argument(help="Such as ocl_t5, asl_t7, ccmim_t5; `sslbench list recipes`.")],
     scale: Annotated[str, typer.Option(help="tiny, cifar or paper.")] = "tiny",

@@ -18,7 +18,7 @@ from .paths import home
 from .recipe import digest
 
 Scale = Literal["tiny", "cifar", "paper"]
-METRICS = r"(knn|linprobe|finetune)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"
+METRICS = r"(knn|linprobe|finetune|knn_held_out)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"
 
 
 def _known(metric: str) -> str:
@@ -44,6 +44,7 @@ class Cost(Part):
     flops: float | None
     peak_memory_gib: float | None
     joules: float | None
+    tuning: dict[str, Any] | None = None  # of the trials that chose a run's settings: trials, device_hours, flops
 
 
 class Pretrain(Part):
@@ -110,15 +111,19 @@ def accuracy_stderr(percent: float, n: int) -> float:
 
 
 def append(fields: dict[str, Any]) -> Record:
-    """Add a number, and return its record. One write of one line under a lock: two processes never interleave.
+    """Add a number, and return its record."""
+    record = Record(id="", **fields)
+    record.id = digest(record.model_dump(mode="json", exclude={"id"}))
+    append_line(ledger_folder() / f"{record.method}.jsonl", (record.model_dump_json() + "\n").encode())
+    return record
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """One write of one line under a lock: two processes never interleave, and a full disk leaves no part of it.
 
     A line that was left unfinished, by a process that was killed while it wrote, is set aside with a warning.
     """
-    record = Record(id="", **fields)
-    record.id = digest(record.model_dump(mode="json", exclude={"id"}))
-    folder = ledger_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    path, line = folder / f"{record.method}.jsonl", (record.model_dump_json() + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         before = _heal(path, f)
@@ -126,7 +131,6 @@ def append(fields: dict[str, Any]) -> Record:
             f.truncate(before)
             raise RunFailed(full(path))
         os.fsync(f.fileno())
-    return record
 
 
 def _heal(path: Path, f: BinaryIO) -> int:

@@ -1,4 +1,4 @@
-"""`sslbench quickstart`: every method on built-in images, each with the same time, and a report of what came out."""
+"""`sslbench quickstart`: a study of every method on built-in images, each with the same time, and its page."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from .data import open_split
+from . import ledger
 from .errors import UserError
-from .evaluate.run import eval_recipe, evaluate
 from .ledger import Record
 from .method import methods
 from .paths import home
-from .pretrain import compose
-from .recipe import Recipe
 from .report.page import write_page
-from .train.job import run_name
-from .train.loop import TrainStep, make_fabric, pretrain
-from .train.meter import build
-from .train.optim import adamw
+from .study.cells import UNTRAINED
+from .study.command import Plan
+from .study.results import result
+from .study.spec import Study, check
 
 ARCH, DATA, SIZE = "vit_mini4", "builtin", 24  # views of 24 pixels: half the tokens, so twice the images in a minute
-PROTOCOLS = [(kind, pool) for kind in ("knn", "linprobe") for pool in ("cls", "mean")]
-REPORT_S = 12.0  # what the pages and pictures take, with some air
+TRAINING = 0.75  # of the time; the rest is for decoding, evaluations and the page
 
 
 def quickstart(minutes: float, seed: int, out: Path | None, console: Console) -> dict[str, Any]:
@@ -35,84 +30,59 @@ def quickstart(minutes: float, seed: int, out: Path | None, console: Console) ->
     began = time.perf_counter()
     names = list(methods())
     console.print(f"{len(names)} methods ({', '.join(names)}) on 4,000 CIFAR-10 images, about {minutes:g} minutes\n")
-    records = _measure(f"untrained:{ARCH}@{SIZE}", seed, console)
-    evaluation_s = time.perf_counter() - began  # imports and decoding too: an upper bound for the next ones
-    share = (60 * minutes - evaluation_s - REPORT_S) / len(names) - evaluation_s
-    seconds: dict[str, float] = {}
-    for name in names:
-        start = time.perf_counter()
-        science = {"arch": ARCH, "data": {"spec": DATA, "image_size": SIZE}, "seed": seed}
-        recipe = compose(name, science=science)
-        recipe = _sized(recipe, share)
-        folder = home() / "runs" / run_name(recipe)
-        pretrain(recipe, folder, Console(stderr=True, highlight=False))
-        seconds[name] = time.perf_counter() - start
-        records += _measure(str(folder), seed, console)
-    written = write_page(records, out or home() / "results" / "report", notes=_notes(records, seconds))
+    study = study_of_all(names, 60 * minutes * TRAINING / len(names), seed)
+    plan = Plan(study, None, None, [], [])
+    plan.run(1, console)
+    ids = {r.id for c in plan.cells for r in c.found.values()}
+    records = {r.id: r for r in ledger.read() if r.id in ids}
+    shown = result(plan.keep(), records)
+    folder = out or home() / "results" / "report"
+    written = write_page([*records.values()], folder, notes=notes(plan, study), shown=[shown])
     wall = time.perf_counter() - began
     console.print(f"\n{wall:.0f} s in all. The report: {written['report']}")
     return {**written, "wall_s": wall}
 
 
-def _sized(recipe: Recipe, seconds: float) -> Recipe:
-    """The recipe with as many epochs as fit in `seconds` on this machine, a tenth of them warm-up."""
-    steps = len(open_split(DATA, "train")) // recipe.science.batch_size
-    done = max(1, int(seconds / _step_seconds(recipe)))
-    epochs = done / steps
-    science = recipe.science.model_copy(
-        update={"epochs": epochs, "optim": recipe.science.optim.model_copy(update={"warmup_epochs": epochs / 10})}
-    )
-    return recipe.model_copy(update={"science": science})
+def study_of_all(names: list[str], seconds: float, seed: int) -> Study:
+    """Each method for so many seconds of training, beside the untrained ViT."""
+    tree = {
+        "name": "quickstart",
+        "question": "Does every method run here, and does it learn?",
+        "answer": "k-NN above the untrained ViT of the same shape, by the better of two pools, by more than the noise. "
+        "One seed ranks nothing.",
+        "metric": "knn_mean",
+        "rows": {name: {} for name in names},
+        "untrained": True,
+        "science": {"arch": ARCH, "data": {"spec": DATA, "image_size": SIZE}},
+        "budgets": [f"{seconds:.1f}s"],
+        "seeds": [seed],
+        "evaluations": [{"protocol": p, "pool": ["cls", "mean"]} for p in ("knn", "linprobe")],
+    }
+    return check(Study.model_validate(tree))
 
 
-def _step_seconds(recipe: Recipe) -> float:
-    """One training step here and now: the median of three, after one to warm up."""
-    fabric = make_fabric(recipe.machine)
-    step = TrainStep(build(recipe))
-    optimizer = adamw(step.method, recipe.science.optim)
-    model, optimizer = fabric.setup(step, optimizer)
-    images = open_split(DATA, "train").images[: recipe.science.batch_size].to(fabric.device)  # type: ignore[union-attr]
-    generator = torch.Generator(fabric.device).manual_seed(0)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        fabric.backward(model(images, generator)["loss"])
-        optimizer.step()
-        optimizer.zero_grad()
-        step.method.after_step(0.5)
-        if fabric.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[1]
-
-
-def _measure(run: str, seed: int, console: Console) -> list[Record]:
-    records: list[Record] = []
-    for kind, pool in PROTOCOLS:
-        records += evaluate(eval_recipe(kind, sets=[f"science.pool={pool}"]), run, DATA, seed)
-    main = {r.protocol.name: r.value for r in records if r.metric in ("knn_top1", "linprobe_top1")}
-    console.print(f"{records[0].method:10}" + "  ".join(f"{k} {v:.1f} %" for k, v in main.items()))
-    return records
-
-
-def _notes(records: list[Record], seconds: dict[str, float]) -> list[str]:
+def notes(plan: Plan, study: Study) -> list[str]:
     """What a reader must know: how little time this was, and who has not gained from it."""
-    knn = {(r.method, r.protocol.name): r for r in records if r.metric == "knn_top1"}
-    notes = [
-        "Each method had the same share of a few minutes on this machine. Papers train thousands of times longer: "
-        "read this page as a check that everything runs and learns, not as a ranking.",
-    ]
+    text = (
+        f"Each method trained for {study.budgets[0].removesuffix('s')} s on this machine. Papers train thousands of "
+        "times longer: read this page as a check that everything runs and learns, not as a ranking."
+    )
+    knn = {c.row: {n: r for n, r in c.found.items() if n.startswith("knn")} for c in plan.cells}
     flat = []
-    for method, spent in seconds.items():
-        pools = [p for m, p in knn if m == method]
-        best = max(knn[method, p].value - knn["untrained", p].value for p in pools)
-        noise = 1.96 * 2**0.5 * (knn[method, pools[0]].stderr or 0)
-        if best < noise:
-            flat.append(f"{method} ({best:+.1f} points after {spent:.0f} s, noise {noise:.1f})")
-    if flat:
-        notes.append(
-            f"No clear k-NN gain over the untrained ViT yet: {', '.join(flat)}. Methods that reconstruct pixels, or "
-            f"that encode two whole views with a momentum copy beside, take longer to show one; "
-            f"`sslbench quickstart --minutes 60` gives each more time."
-        )
-    return notes
+    for row, its in knn.items():
+        if row == UNTRAINED or not its:
+            continue
+        gain, noise = better_gain(its, knn[UNTRAINED])
+        if gain < noise:
+            flat.append(f"{row} ({gain:+.1f} points, noise {noise:.1f})")
+    if not flat:
+        return [text]
+    return [text, f"No clear k-NN gain over the untrained ViT: {', '.join(flat)}. `sslbench quickstart --minutes 60` "
+            f"gives each more time."]  # fmt: skip
+
+
+def better_gain(trained: dict[str, Record], untrained: dict[str, Record]) -> tuple[float, float]:
+    """(points of the better pool above the untrained ViT's, half-width of the 95 % interval of such a difference)."""
+    gain, name = max((r.value - untrained[n].value, n) for n, r in trained.items())
+    errors = [(records[name].stderr or 0.0) ** 2 for records in (trained, untrained)]
+    return gain, 1.96 * sum(errors) ** 0.5

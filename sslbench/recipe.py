@@ -76,6 +76,8 @@ class Science(Strict):
     data: Data = Data()
     augment: Augment = Augment()
     epochs: Epochs = Field(800, ge=0)  # a part of an epoch is that part of its steps
+    # The run's length as time on its device; the number of epochs is then the schedule's alone. See train/clock.py.
+    device_minutes: float | None = Field(None, gt=0, exclude_if=lambda minutes: minutes is None)
     batch_size: int = Field(4096, gt=0)  # images a step, over all devices and accumulation
     contrastive_batch: int | None = Field(None, gt=0)  # images that one loss compares; None: the whole batch
     optim: Optim = Optim()
@@ -98,6 +100,8 @@ class Machine(Strict):
     log_every: int = Field(20, gt=0)  # steps; only these wait for the device, and those of meters_every
     meters_every: int = Field(100, gt=0)  # steps between looks at the terms' gradients and at collapse
     save_every: int | None = Field(None, gt=0)  # steps between checkpoints; None: an epoch, or more where that is short
+    watch: bool = True  # k-NN on part of train while the run goes on, for at most 2 % of its time: train/watch.py
+    keep_at: list[Annotated[float, Field(gt=0, lt=1)]] = []  # shares of the run at which its weights are kept too
     tensorboard: bool = True
 
     def saves_every(self, per_epoch: int, total: int) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy import stats
+
+K = TypeVar("K", bound=Hashable)
+RESAMPLES = 1000  # of a bootstrap
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
@@ -37,3 +41,39 @@ def normal_difference(
         return a - b, None, None
     error = float(np.hypot(error_a, error_b))
     return a - b, float(stats.norm.ppf(0.975)) * error, float(2 * stats.norm.sf(abs(a - b) / error))
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
+    """p of the exact McNemar test. a, b (N,): which of the same images each has right; those that both have do not
+    count, and of the others half would be expected either way (McNemar 1947)."""
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def crossed_interval(x: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The interval of the mean of x (seeds, images), which counts both: seeds and images are drawn anew, each for
+    itself, with replacement (Owen 2007, the pigeonhole bootstrap). Deterministic.
+    """
+    seeds, images = (np.arange(n) for n in x.shape)
+
+    def mean(s: np.ndarray, i: np.ndarray, axis: int = -1) -> np.ndarray:
+        times = np.stack([np.bincount(of_one, minlength=x.shape[1]) for of_one in i])  # each image was drawn
+        return np.take_along_axis(times @ x.T, s, 1).mean(axis) / x.shape[1]
+
+    data: tuple[np.ndarray, ...] = (seeds, images)
+    statistic: Callable[..., Any] = mean
+    if len(seeds) == 1:  # scipy wants two of each
+        data, statistic = (x[0],), np.mean
+    found = stats.bootstrap(data, statistic, n_resamples=RESAMPLES, batch=20, confidence_level=level, vectorized=True,
+                            method="percentile", rng=np.random.default_rng(0))  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def holm(ps: dict[K, float]) -> dict[K, float]:
+    """Holm's step-down correction (1979): p times the number of hypotheses that are not yet ahead of it."""
+    out: dict[K, float] = {}
+    largest = 0.0
+    for place, (key, p) in enumerate(sorted(ps.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, p * (len(ps) - place)))
+        out[key] = largest
+    return out

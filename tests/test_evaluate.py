@@ -11,7 +11,7 @@ from sslbench.data import open_split
 from sslbench.data.images import MemoryImages
 from sslbench.evaluate.features import extract, open_subject, view_of
 from sslbench.evaluate.knn import knn_top1
-from sslbench.evaluate.linprobe import linear_top1
+from sslbench.evaluate.linprobe import linear_right
 from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.views import VIEW
 
@@ -46,6 +46,11 @@ def test_knn_is_scikit_learns_with_dinos_weights(features, k):
     expected = 100 * model.fit(normalize(x.numpy()), labels).score(normalize(y.numpy()), truth)
     assert knn_top1(x, labels, y, truth, [k])[k] == pytest.approx(expected, abs=0.2)  # ties round differently
     assert knn_top1(x, labels, y, truth, [k], chunk=77) == knn_top1(x, labels, y, truth, [k])
+
+
+def linear_top1(*args, **settings):
+    right, lr = linear_right(*args, **settings)
+    return 100 * right.double().mean().item(), lr
 
 
 def test_the_linear_probe_reaches_logistic_regression_within_its_standard_error(features):

@@ -37,6 +37,12 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("order", seed, epoch)))
 
 
+def held_out(n: int) -> tuple[Tensor, Tensor]:
+    """(the rest, a tenth) of n images, always the same: what is chosen or watched without reading val."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("held out")))
+    return order[max(1, n // 10) :], order[: max(1, n // 10)]
+
+
 def decoders(workers: int, device: torch.device) -> dict[str, Any]:
     """DataLoader's arguments for that many processes that read images, or as many as there are cores."""
     workers = min(workers, cores())

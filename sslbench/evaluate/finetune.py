@@ -279,11 +279,11 @@ class FinetuneJob(LabelledJob):
                 model.logits(torch.zeros(2, 3, *encoder.image)).sum().backward()
         return counter.get_total_flops() / 2
 
-    def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[float, dict[str, Any]]:
+    def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
         assert val.labels is not None
         model, _, _ = load_classifier(weights)
         answer = predict(model, val, device, self.machine.workers).argmax(1)
-        return 100 * int((answer == val.labels).sum()) / len(val), {"epochs": self.epochs}
+        return answer == val.labels, {"epochs": self.epochs}
 
     def save_weights(self, path: Path, method: Method) -> None:
         """Encoder and head under timm's names, with what rebuilds and explains them."""

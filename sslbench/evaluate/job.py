@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from ..data import ImageSet
 from ..recipe import Batch, data_name, digest
@@ -71,6 +72,6 @@ class LabelledJob(Job):
             **self.identity,
         }
 
-    def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[float, dict[str, Any]]:
-        """(top-1 on val in percent, what a reader should know of it), from what `save_weights` wrote."""
+    def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+        """(which images of val are right (N,), what a reader should know of it), from what `save_weights` wrote."""
         raise NotImplementedError

@@ -169,14 +169,14 @@ class ProbeJob(LabelledJob):
             encoder(torch.zeros(1, 3, *encoder.image))
         return float(counter.get_total_flops())  # forward alone; the heads are nothing beside it
 
-    def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[float, dict[str, Any]]:
+    def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
         """Of the head that does best on the held-out tenth of train."""
         model = self.build()
         model.load_state_dict({**model.state_dict(), **read_safetensors(weights)[0]})
         model = model.to(device).eval()
-        top1 = partial(_top1, model, device=device, workers=self.machine.workers)
-        best = int(top1(self.select).argmax()) if self.select is not None else 0
-        return float(top1(val)[best]), {"lr": self.science.lr[best]}
+        right = partial(_right, model, device=device, workers=self.machine.workers)
+        best = int(right(self.select).sum(1).argmax()) if self.select is not None else 0
+        return right(val)[best], {"lr": self.science.lr[best]}
 
     def save_weights(self, path: Path, method: Method) -> None:
         """The heads and their BatchNorm; the encoder stays where it is."""
@@ -184,12 +184,11 @@ class ProbeJob(LabelledJob):
 
 
 @torch.inference_mode()
-def _top1(model: Probe, data: ImageSet, device: torch.device, workers: int) -> Tensor:
-    """Of each head, in percent."""
+def _right(model: Probe, data: ImageSet, device: torch.device, workers: int) -> Tensor:
+    """(heads, N) booleans: which images each head has right."""
     assert data.labels is not None
-    right, start = torch.zeros(len(model.heads), dtype=torch.long), 0
-    for images in evaluation_batches(data, model.encoder.image[0], 250, device, workers):
-        answer = model.logits(normalise(images, model.augment.mean, model.augment.std)).argmax(-1).cpu()
-        right += (answer == data.labels[start : start + len(images)]).sum(1)
-        start += len(images)
-    return 100 * right.double() / len(data)
+    answers = [
+        model.logits(normalise(images, model.augment.mean, model.augment.std)).argmax(-1).cpu()
+        for images in evaluation_batches(data, model.encoder.image[0], 250, device, workers)
+    ]
+    return torch.cat(answers, 1) == data.labels

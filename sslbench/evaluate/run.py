@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -10,7 +11,8 @@ from pydantic import Field
 from rich.console import Console
 
 from .. import provenance
-from ..data import ImageSet, open_both, open_test, used_classes
+from ..data import ImageSet, open_both, open_split, open_test, used_classes
+from ..data.loader import held_out
 from ..errors import UserError
 from ..ledger import Record, Scale, accuracy_stderr, append, checked
 from ..paths import home
@@ -27,6 +29,7 @@ from ..recipe import (
     unpacked_name,
     validate,
 )
+from ..right import keep
 from ..settings import shorten_warmup
 from ..stats import mean_interval
 from ..train.device import default_device
@@ -37,8 +40,8 @@ from ..train.state import check_weights, hashes, write_json
 from .features import Subject, contents, extract, find_weights, fine_tuned, newest_run, open_subject, view_of
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
 from .job import LabelledJob, protocol_hash
-from .knn import knn_top1
-from .linprobe import linear_top1
+from .knn import knn_right
+from .linprobe import linear_right
 from .probe import AugmentedProbe, ProbeJob, Rate
 
 
@@ -48,6 +51,12 @@ class Knn(Strict):
     main_k: int = Field(20, gt=0)
     temperature: float = Field(0.07, gt=0)
     pool: Literal["cls", "mean", "mean_all"] | None = None  # None: the method's own
+
+
+class HeldOutKnn(Knn):
+    """k-NN of a tenth of train by the rest: what tuning selects by, so that val is not read."""
+
+    protocol: Literal["knn_held_out"]  # type: ignore[assignment]
 
 
 class Linprobe(Strict):
@@ -69,7 +78,7 @@ class Robustness(Strict):
 
 class EvalRecipe(Strict):
     name: str
-    science: Knn | Linprobe | AugmentedProbe | Finetune | Robustness = Field(discriminator="protocol")
+    science: Knn | HeldOutKnn | Linprobe | AugmentedProbe | Finetune | Robustness = Field(discriminator="protocol")
     machine: Machine = Machine()
 
 
@@ -82,6 +91,15 @@ def eval_recipe(kind: str, name: str | None = None, sets: list[str] | None = Non
     if recipe.science.protocol.removesuffix("_augmented") != kind:
         raise UserError(f"recipe {path.stem} is of protocol {recipe.science.protocol}, not {kind}")
     return recipe
+
+
+def protocol_of(recipe: EvalRecipe, pool: str, side: int, *sets: ImageSet) -> dict[str, str]:
+    """{"name", "hash"} of that protocol on an encoder of images of `side` pixels, for sets of images whose sizes may
+    decide what a view is. pool: where the recipe has none."""
+    s = recipe.science
+    assert not isinstance(s, Robustness)
+    pool, side = s.pool or pool, getattr(s, "image_size", None) or side
+    return {"name": f"{recipe.name}_{pool}", "hash": protocol_hash(s, pool, (side, side), view_of(side, *sets))}
 
 
 def evaluate_named(
@@ -124,12 +142,18 @@ def evaluate(
     seed: int | None = None,
     image_size: int | None = None,
     console: Console | None = None,
+    tuning: dict[str, Any] | None = None,
 ) -> list[Record]:
-    """Run the protocol and append its numbers; the main one comes first. seed None: the run's own, or 0."""
+    """Run the protocol and append its numbers; the main one comes first. seed None: the run's own, or 0.
+
+    tuning: what it took to choose the settings of the run, for the numbers' cost.
+    """
     if isinstance(recipe.science, Finetune | AugmentedProbe):
-        return [_train_and_score(recipe, run, data, seed, console or Console(quiet=True))]
+        return [_train_and_score(recipe, run, data, seed, console or Console(quiet=True), tuning)]
     if isinstance(recipe.science, Robustness):
         return [_robustness(recipe, recipe.science, run, data)]
+    if isinstance(recipe.science, HeldOutKnn):
+        return [_held_out(recipe, recipe.science, run, data, seed)]
     device = default_device()
     spent = Spent(device.type)
     subject = open_subject(run, seed or 0, image_size)
@@ -143,13 +167,13 @@ def evaluate(
     if isinstance(s, Knn):
         seed = own
         ks = [s.main_k, *(k for k in s.k if k != s.main_k)]
-        by_k = knn_top1(*arrays, ks, s.temperature, device=device)
-        values: list[tuple[str, float, dict[str, Any]]] = [
+        by_k = knn_right(*arrays, ks, s.temperature, device=device)
+        values: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
             ("knn_top1" if k == s.main_k else f"knn_top1_k{k}", v, {"k": k}) for k, v in by_k.items()
         ]
     else:
         seed = own if seed is None else seed
-        top1, lr = linear_top1(
+        right, lr = linear_right(
             *arrays,
             lrs=s.lr,
             epochs=s.epochs,
@@ -158,15 +182,45 @@ def evaluate(
             weight_decay=s.weight_decay,
             seed=seed,
         )
-        values = [("linprobe_top1", top1, {"lr": lr})]
-    side = subject.encoder.image[0]
-    hash = protocol_hash(s, pool, subject.encoder.image, view_of(side, train, val))
-    protocol = {"name": f"{recipe.name}_{pool}", "hash": hash}
-    cost = spent.after()
+        values = [("linprobe_top1", right, {"lr": lr})]
+    side, cost = subject.encoder.image[0], spent.after()
+    protocol = protocol_of(recipe, pool, side, train, val)
+    facts = subject.facts()
     return [
-        to_ledger(subject.facts(), metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, cost, {})
+        to_ledger(facts, metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, cost, {}, tuning=tuning)
         for metric, v, c in values
     ]
+
+
+@dataclass
+class HeldOut:
+    """A part of train, as a number is of it."""
+
+    fingerprint: str  # of all of train
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+
+def _held_out(recipe: EvalRecipe, s: HeldOutKnn, run: str, data: str | None, seed: int | None) -> Record:
+    """k-NN of a tenth of train by the rest; val is not opened."""
+    device = default_device()
+    spent, subject = Spent(device.type), open_subject(run, seed or 0)
+    spec = data or subject.data or ""
+    train = open_split(spec, "train")
+    if train.labels is None:
+        raise UserError(f"data '{spec}' has no labels; to select by k-NN needs them")
+    pool, side = s.pool or subject.pool, subject.encoder.image[0]
+    x, y = extract(subject, train, device, recipe.machine.workers)[pool], train.labels
+    rest, tenth = held_out(len(train))
+    right = knn_right(x[rest], y[rest], x[tenth], y[tenth], [s.main_k], s.temperature, device=device)[s.main_k]
+    cost, own = spent.after(), subject.run.get("seed", seed or 0)
+    condition = {"k": s.main_k, "pool": pool, "split": "a tenth of train"}
+    scored, protocol = HeldOut(train.fingerprint, len(tenth)), protocol_of(recipe, pool, side, train)
+    return to_ledger(
+        subject.facts(), "knn_held_out_top1", right, scored, spec, protocol, condition, own, side, cost, {}
+    )
 
 
 def _splits(subject: Subject, data: str | None) -> tuple[str, ImageSet, ImageSet]:
@@ -177,7 +231,14 @@ def _splits(subject: Subject, data: str | None) -> tuple[str, ImageSet, ImageSet
     return spec, *open_both(spec)
 
 
-def _train_and_score(recipe: EvalRecipe, run: str, data: str | None, seed: int | None, console: Console) -> Record:
+def _train_and_score(
+    recipe: EvalRecipe,
+    run: str,
+    data: str | None,
+    seed: int | None,
+    console: Console,
+    tuning: dict[str, Any] | None,
+) -> Record:
     """Train on RUN in a run folder of its own, then score val once. A finished one gives the number it has."""
     s = recipe.science
     subject = open_subject(run, seed or 0)
@@ -198,10 +259,11 @@ def _train_and_score(recipe: EvalRecipe, run: str, data: str | None, seed: int |
     spent = Spent(device.type)
     check_weights(weights, info)
     info |= hashes(weights)
-    top1, more = job.score(weights, val, device)
+    right, more = job.score(weights, val, device)
     condition, cost = {"pool": job.pool, **more, "eval_run": folder.name}, spent.after(info["cost"])
     facts = subject.facts()
-    record = to_ledger(facts, job.metric, top1, val, spec, job.protocol, condition, seed, job.image_size, cost, info)
+    record = to_ledger(facts, job.metric, right, val, spec, job.protocol, condition, seed, job.image_size, cost, info,
+                       tuning=tuning)  # fmt: skip
     write_json(folder / "run.json", {**info, "record": record.model_dump(mode="json"), "val_contents": images})
     return record
 
@@ -278,7 +340,7 @@ class Measured(Protocol):
 def to_ledger(
     facts: dict[str, Any],
     metric: str,
-    value: float,
+    value: float | torch.Tensor,
     val: Measured,
     data: str,
     protocol: dict[str, str],
@@ -289,19 +351,24 @@ def to_ledger(
     trained: dict[str, Any],
     accuracy: bool = True,
     scale: Scale | None = None,
+    tuning: dict[str, Any] | None = None,
 ) -> Record:
     """Into the ledger: the number, where it comes from, and what it cost, pre-training (in `facts`) and `spent`.
 
     trained: run.json of the run that the evaluation trained, {} where it trained none. accuracy: the number is a share
-    of the images, which has a binomial standard error; other numbers have none here.
+    of the images, which has a binomial standard error; other numbers have none here. value: the number, or which of
+    the images are right (N,), whose percentage it is; these are kept too. tuning: what choosing the settings took.
     """
+    right = value if isinstance(value, torch.Tensor) else None
+    if isinstance(value, torch.Tensor):
+        value = 100 * value.double().mean().item()
     before, device = facts["cost"], default_device().type
     ours = before.get("wall_s") is not None  # what public weights cost nobody tells: the evaluation's cost is all
     if facts.get("seed") not in (None, seed):
         condition = {**condition, "pretrain_seed": facts["seed"]}
     flops = [c for c in (before.get("flops"), spent.get("flops")) if c is not None]
     joules = [before.get("joules") if ours else 0.0, spent["joules"]]
-    return append(
+    record = append(
         {
             "created": provenance.now(),
             "metric": metric,
@@ -329,11 +396,15 @@ def to_ledger(
                     provenance.peak_memory_gib(device),
                 ),
                 "joules": None if None in joules else sum(joules),
+                "tuning": tuning,
             },
             "scale": scale or scale_of(facts["pretrain"]["data"] or data_name(data), image_size),
             "condition": condition,
         }
     )
+    if right is not None:
+        keep(record, right.numpy())
+    return record
 
 
 # The papers' sets of photographs.

@@ -16,8 +16,9 @@ from .. import ledger
 from ..errors import UserError, nearest
 from ..ledger import Cost, Record
 from ..paths import home
+from ..study.results import Result, results
 from ..train.state import write_atomically
-from . import figures
+from . import figures, studies
 from .equal import EQUAL, alone, equal
 from .paper_figures import PaperFigure, curves, paper_figures
 from .papers import (
@@ -64,7 +65,8 @@ def report(names: list[str], out: Path | None, formats: str, console: Console) -
         for name in names:
             show(reported_beside_measured(name, records), console)
         return {"tables": names}
-    written = write_page(records, out or home() / "results" / "report", formats, papers=names or True)
+    written = write_page(records, out or home() / "results" / "report", formats, papers=names or True,
+                         shown=[] if names else results())  # fmt: skip
     console.print(written["report"], markup=False)
     return written
 
@@ -84,20 +86,25 @@ def write_page(
     notes: list[str] | None = None,
     title: str = TITLE,
     papers: bool | list[str] = False,
+    shown: list[Result] | None = None,
 ) -> dict[str, Any]:
     """Write report.{html,md,csv} and figures/ into `out`. Returns {"report", "files", "numbers"}.
 
-    papers: the papers' tables too; a list of names: those tables and nothing else.
+    shown: the studies that open the page. papers: the papers' tables too; a list of names: those and nothing else.
     """
     wanted = wanted_formats(formats)
     alone = papers if isinstance(papers, list) else []
     beside = [reported_beside_measured(name, records) for name in alone or paper_tables()] if papers else []
     main = [] if alone else tables(records)
     other = [] if alone else tables(records, tuple({r.metric for r in records} - {*MAIN_METRICS}))
-    content = Content(title, notes or [], main, other, beside, bool(alone))
+    content = Content(title, notes or [], main, other, beside, bool(alone), shown or [])
     if papers and not alone:
         content.figures, content.disagreements, content.deviations = paper_figures(main), disagreements(), deviations()
     drawn: dict[str, Figure | None] = {f.name: f.figure for f in content.figures}
+    for study in content.studies:
+        of_study = {name: draw(study) for name, (draw, _) in studies.FIGURES.items()}
+        content.study_figures[study.name] = [name for name, figure in of_study.items() if figure]
+        drawn |= {f"{study.name}_{name}": figure for name, figure in of_study.items()}
     for i, t in enumerate(main, 1):
         drawn |= {f"{name}_{i}": draw(t) for name, (draw, _) in DRAWN.items()}
     files = {
@@ -162,6 +169,11 @@ details { margin: 0; padding: .2rem 0; } summary { cursor: pointer; }
 
 def _html(c: Content, files: dict[str, bytes], records: list[Record]) -> str:
     body = [f"<h1>{escape(c.title)}</h1>", *(f'<p class="note">{_prose(n)}</p>' for n in c.notes)]
+    for study in c.studies:
+        svgs = {name: _html_svg(files[f"figures/{study.name}_{name}.svg"], studies.FIGURES[name][1])
+                for name in c.study_figures[study.name]}  # fmt: skip
+        body.append(studies.html(study, svgs))
+    body += [f'<p class="soft">{_prose(studies.HOW)}</p>'] if c.studies else []
     how = f"{c.lead} A number opens its provenance." if c.main else c.lead
     body.append(f'<p class="soft">{_prose(how)}</p>')
     body += [_html_measured(t, files, i) for i, t in enumerate(c.main, 1)]

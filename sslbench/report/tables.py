@@ -216,7 +216,7 @@ def _column(r: Record) -> Column:
 
 def _column_names(group: list[Record]) -> dict[Column, str]:
     """Readable, unique, in the order of the page: `k-NN, cls`; the hash is added where two protocols bear one name."""
-    plain = {_column(r): _plain_name(r.protocol.name, r.metric) for r in group}
+    plain = {_column(r): plain_name(r.protocol.name, r.metric) for r in group}
     names = list(plain.values())
     kinds = [*WORDS]  # what most methods have comes first
     in_order = sorted(plain, key=lambda c: (_rank(c[0], kinds), c[0], len(c[1]), c[1], c[2]))  # k10 before k100
@@ -228,7 +228,7 @@ def _rank(protocol: str, kinds: list[str]) -> int:
     return kinds.index(kind) if kind in kinds else len(kinds)
 
 
-def _plain_name(protocol: str, metric: str) -> str:
+def plain_name(protocol: str, metric: str) -> str:
     kind, _, pool = protocol.partition("_")
     standard, _, k = metric.partition("_k")
     if pool and kind in WORDS and standard == f"{kind}_top1":

@@ -7,6 +7,8 @@ import io
 import re
 from dataclasses import dataclass, field
 
+from ..study.results import Result
+from . import studies
 from .equal import EQUAL, alone, as_rows, equal
 from .paper_figures import PaperFigure
 from .papers import PAPERS, Deviation, Disagreement, PaperTable
@@ -45,6 +47,8 @@ class Content:
     other: list[Table]  # of metrics that are not the usual three
     beside: list[PaperTable]
     alone: bool  # nothing but `beside`
+    studies: list[Result] = field(default_factory=list)
+    study_figures: dict[str, list[str]] = field(default_factory=dict)  # study -> what of it is drawn
     figures: list[PaperFigure] = field(default_factory=list)
     disagreements: list[Disagreement] = field(default_factory=list)
     deviations: list[Deviation] = field(default_factory=list)
@@ -83,7 +87,12 @@ def _grid(header: list[str], rows: list[list[str]]) -> str:
 
 
 def markdown(c: Content) -> str:
-    parts = [f"# {c.title}", *c.notes, c.lead]
+    parts = [f"# {c.title}", *c.notes]
+    for study in c.studies:
+        pictures = [f"figures/{study.name}_{name}.png" for name in c.study_figures[study.name]]
+        parts += studies.markdown(study, pictures, _grid)
+    parts += [studies.HOW] if c.studies else []
+    parts.append(c.lead)
     for t in c.main:
         parts += [f"## {t.title}", "\n".join(f"* {line}" for line in summary(t)), _grid(*measured(t))]
         found = equal(t)

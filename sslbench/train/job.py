@@ -28,6 +28,7 @@ class Job:
     labelled = False  # whether a batch is (images, labels)
     crop_tries = 10  # see views.crop_boxes
     interpolation = "bicubic"  # of crops
+    device_minutes: float | None = None  # the run's length where its epochs are not
 
     def __init__(self, recipe: Recipe) -> None:
         s = recipe.science
@@ -35,6 +36,7 @@ class Job:
         self.label = f"{recipe.method_name} {s.arch}"
         self.machine, self.optim, self.spec = recipe.machine, s.optim, s.data.spec
         self.seed, self.epochs, self.batch_size = s.seed, s.epochs, s.batch_size
+        self.device_minutes = s.device_minutes
         self.image_size, self.crop_scale = s.data.image_size or 0, s.augment.crop_scale
         self.interpolation = s.augment.interpolation
         # A run folder belongs to one of these.

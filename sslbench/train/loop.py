@@ -24,6 +24,7 @@ from ..errors import Interrupted, RunFailed, UserError, full, is_full, lost_load
 from ..method import Method
 from ..recipe import Batch, Machine, Recipe
 from .cache import average_gradients, cached_backward
+from .clock import Clock
 from .device import bf16_is_fast, default_device, keep_freed_memory
 from .diagnose import CollapseMeters, term_gradients
 from .guard import FiniteGuard, Signals
@@ -33,6 +34,7 @@ from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
 from .run import Run, check_same, hold, newest, read_run
 from .shard import load_optimizer, sharding, shards, unsharded
+from .watch import Watch
 
 
 class TrainStep(nn.Module):
@@ -183,7 +185,11 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     )
     per_epoch = loader.steps_per_epoch
     total = round(per_epoch * job.epochs)
-    save_every = machine.saves_every(per_epoch, total)
+    seconds = None if job.device_minutes is None else 60 * job.device_minutes
+    if seconds and batch.world > 1:
+        raise UserError(f"science.device_minutes is for one device, whose time it is; this run has {batch.world}")
+    clock = Clock(total, per_epoch, job.epochs, seconds, run.wall_s)
+    save_every = machine.saves_every(per_epoch, per_epoch if seconds else total)
 
     first, state = newest(run)
     if state:
@@ -198,8 +204,9 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             load_optimizer(optimizer, state["optimizer"])
             fabric.strategy.precision.load_state_dict(state.get("precision", {}))
     sharded = isinstance(fabric.strategy, ModelParallelStrategy)
-    run.begin(data.fingerprint, total, per_epoch)
+    run.begin(data.fingerprint, None if seconds else total, per_epoch)
     run.steps = first
+    clock.begin()
 
     guard = FiniteGuard(fabric.device)
     guard.arm(optimizer)
@@ -207,6 +214,9 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     running, watch = Running(), Stopwatch()
     metrics = Metrics(run.folder, first, machine.tensorboard) if fabric.is_global_zero else None
     meters = CollapseMeters(data, method, fabric.device, batch.total) if fabric.is_global_zero or sharded else None
+    watched = machine.watch and job.kind == "pretrain" and fabric.is_global_zero and not sharded
+    knn = Watch(data, batch.total) if watched else None
+    milestones = [share for share in sorted(machine.keep_at) if share > clock.share(first)]
     seen: dict[str, float] = {}
 
     def look_at_terms(losses: dict[str, Tensor]) -> None:
@@ -229,12 +239,14 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
 
         return views
 
-    with contextlib.closing(loader(first, total)) as micro_batches, progress_bar(console, progress) as bar:
-        task = bar.add_task(run.label, total=total, completed=first, note="")
-        for step in range(first, total):
+    end = first if state and state.get("over") else clock.steps
+    with contextlib.closing(loader(first, end)) as micro_batches, progress_bar(console, progress) as bar:
+        task = bar.add_task(run.label, total=1.0, note="")
+        bar.update(task, completed=clock.share(first))
+        for step in range(first, end):
             # Anything a model draws on its own (drop path) is a function of the step too.
             torch.manual_seed(seed_of("model", job.seed, step, fabric.global_rank))
-            lr = learning_rate(job.optim, batch.total, step / per_epoch, job.epochs)
+            lr = learning_rate(job.optim, batch.total, clock.epoch(step), job.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             look = (step + 1) % machine.meters_every == 0 or step + 1 == total
@@ -267,12 +279,14 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             guard.check(finite)
             optimizer.step()
             optimizer.zero_grad()
-            method.after_step((step + 1) / total)
+            clock.tick()
+            run.steps = step + 1
+            share = clock.share(run.steps)
+            method.after_step(share)
             running.add({**mean, "grad_norm": norm})
             watch.images += batch.total
-            run.steps = step + 1
 
-            last = run.steps == total
+            last = clock.over(run.steps)
             log = last or run.steps % machine.log_every == 0
             stop = signals.asked(fabric, log)
             save = last or stop or run.steps % save_every == 0
@@ -287,19 +301,26 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             if look and meters:
                 with unsharded(step_module):
                     seen.update(meters.read(method, fabric))
+            if knn and knn.due(share, run.wall_s(), run.images_per_s(first)):
+                seen["knn_watch"] = knn.look(method, fabric)
+            while milestones and share >= milestones[0]:
+                run.keep(step_module, milestones.pop(0))
             if log:
                 means = running.means(fabric)
                 speed = watch.read(loader.wait_s)
                 seen.update({"epoch": run.steps / per_epoch, "lr": lr, **means, **speed})
-                bar.update(task, note=note(means["loss"], speed))
+                bar.update(task, note=note(means["loss"], speed, knn.top1 if knn else None))
             if metrics and seen:
                 metrics.write(run.steps, seen)
-            bar.update(task, completed=run.steps)
+            bar.update(task, completed=1.0 if last else share)
             if save:
-                run.save(step_module, optimizer, loader)
+                run.save(step_module, optimizer, loader, last)
             if stop and not last:
-                what = f"{signals.received} after step {run.steps} of {total}; the same command resumes"
+                of = f", {share:.0%} of its time" if seconds else f" of {total}"
+                what = f"{signals.received} after step {run.steps}{of}; the same command resumes"
                 raise Interrupted(what, signals.requeue)
+            if last:
+                break
     if metrics:
         metrics.close()
     run.finish(step_module)

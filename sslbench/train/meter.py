@@ -131,9 +131,10 @@ class Stopwatch:
         return out
 
 
-def note(loss: float, speed: dict[str, float]) -> str:
-    """What the terminal shows of a log step, beside the bar."""
-    return f"loss {loss:.3f} {speed['images_per_s']:.1f} img/s wait {speed['data_wait']:.1%}"
+def note(loss: float, speed: dict[str, float], knn: float | None = None) -> str:
+    """What the terminal shows of a log step, beside the bar; knn: accuracy on part of train, where it was looked at."""
+    watched = "" if knn is None else f" knn {knn:.0f}%"
+    return f"loss {loss:.3f} {speed['images_per_s']:.1f} img/s wait {speed['data_wait']:.1%}{watched}"
 
 
 def progress_bar(console: Console, shown: bool) -> Progress:

@@ -51,10 +51,12 @@ class Run:
         self.created = previous.get("created", provenance.now())
         self.steps = 0
         self.info: dict[str, Any] = {}
+        self.kept: dict[str, Any] = previous.get("kept", {})  # weights on the way: file name -> share, step, cost, hash
         self.flops_per_image: float | None = 0.0
         self.began = time.perf_counter()
 
-    def begin(self, fingerprint: str, total: int, per_epoch: int) -> None:
+    def begin(self, fingerprint: str, total: int | None, per_epoch: int) -> None:
+        """total: steps of the run; None where the clock ends it."""
         self.job.machine.precision = {"32-true": "32", "bf16-mixed": "bf16"}.get(  # type: ignore[assignment]
             str(self.fabric.strategy.precision.precision), "16"
         )
@@ -95,6 +97,14 @@ class Run:
         """What `resume` takes up."""
         return {k: v for k, v in self.costs().items() if k in self.cost}
 
+    def wall_s(self) -> float:
+        """Of training so far, in this process and before."""
+        return self.cost["wall_s"] + time.perf_counter() - self.began
+
+    def images_per_s(self, first: int) -> float:
+        """Of this process, which began at step `first`."""
+        return (self.steps - first) * self.job.batch_size / (time.perf_counter() - self.began)
+
     def costs(self) -> dict[str, Any]:
         wall = time.perf_counter() - self.began
         images = self.steps * self.job.batch_size
@@ -118,12 +128,14 @@ class Run:
             "step": self.steps,
             "resumed": self.resumed,
             **self.info,
+            **({"kept": self.kept} if self.kept else {}),
             "cost": self.costs(),
             **more,
         }
         write_json(self.folder / "run.json", record)
 
-    def save(self, step_module: TrainStep, optimizer: Any, loader: MicroBatches) -> None:
+    def save(self, step_module: TrainStep, optimizer: Any, loader: MicroBatches, over: bool) -> None:
+        """A checkpoint. over: the run ends here, which a timed run knows from nothing else."""
         self.info["substituted"] = len(loader.corrupt)
         weights, moments = whole_weights(step_module), whole_moments(step_module, optimizer)
         if self.fabric.is_global_zero:
@@ -133,21 +145,42 @@ class Run:
                 "precision": self.fabric.strategy.precision.state_dict(),  # fp16's scale of the loss
                 "cost": self.to_keep(),
                 "corrupt": sorted(loader.corrupt),
+                "over": over,
             }
             save_checkpoint(self.checkpoints, self.steps, state)
             self.write("running")
         self.fabric.barrier()
 
+    def keep(self, step_module: TrainStep, share: float) -> None:
+        """The weights at that share of the run, beside those that it ends with."""
+        path = milestone(self.folder, share)
+        self._weights(path, step_module)
+        if self.fabric.is_global_zero:
+            facts = {"share": share, "step": self.steps, "cost": self.costs(), **hashes(path)}
+            self.kept[path.name] = facts
+            self.write("running")
+
     def finish(self, step_module: TrainStep) -> None:
+        self._weights(self.folder / "weights.safetensors", step_module)
+        if self.fabric.is_global_zero:
+            self.info["steps_total"] = self.steps
+            self.write("finished", **hashes(self.folder / "weights.safetensors"))
+        self.fabric.barrier()
+
+    def _weights(self, path: Path, step_module: TrainStep) -> None:
+        """Have the job write its weights; all devices come here, the first one writes."""
         method, sharded = step_module.method, isinstance(self.fabric.strategy, ModelParallelStrategy)
         weights = whole_weights(step_module) if sharded else {}
         if self.fabric.is_global_zero:
             if sharded:
                 method = self.job.build()
                 method.load_state_dict(weights)
-            self.job.save_weights(self.folder / "weights.safetensors", method)
-            self.write("finished", **hashes(self.folder / "weights.safetensors"))
-        self.fabric.barrier()
+            self.job.save_weights(path, method)
+
+
+def milestone(folder: Path, share: float) -> Path:
+    """Where the weights at that share of a run are kept."""
+    return folder / f"weights@{share:g}.safetensors"
 
 
 def newest(run: Run) -> tuple[int, dict[str, Any] | None]:
@@ -207,6 +240,18 @@ class Facts(BaseModel):
     cost: Costs
 
 
+class Kept(BaseModel):
+    """What run.json says of weights that were kept on the way."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    share: float
+    step: int
+    cost: Costs
+    weights_sha256: str
+    file_sha256: str
+
+
 class RunFile(BaseModel):
     """What is read of run.json, where it is there; a file that was edited by hand or torn may hold anything."""
 
@@ -225,7 +270,8 @@ class RunFile(BaseModel):
     data_fingerprint: str = ""
     weights_sha256: str = ""
     step: int = Field(0, ge=0)
-    steps_total: int = Field(0, ge=0)
+    steps_total: int | None = Field(0, ge=0)  # None: the clock ends it
+    kept: dict[str, Kept] = {}
     resumed: int = Field(0, ge=0)
     hardware: dict[str, Any] = {}
     cost: Costs = Costs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import Interrupted, RunFailed, UserError, nearest
-from ..recipe import Batch, Recipe
+from ..recipe import Batch, Machine, Recipe
 from .job import Job
 from .launch import first_process
 from .loop import pretrain
@@ -20,15 +21,15 @@ from .run import check_same, read_run
 WARNING_S = 300  # before the end of its time a job gets SIGUSR1; the next log step has to come within that
 
 
-class Task:
-    """What each process of the job does. Its state is the run folder: queued again, it goes on from there."""
+class Queued:
+    """What each process of a job does. Its state is the run folder: queued again, it goes on from there."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder
+    def work(self, console: Console) -> str:
+        raise NotImplementedError
 
     def __call__(self) -> str:
         try:
-            return pretrain(self.recipe, self.folder, Console(stderr=True, highlight=False), progress=False)
+            return self.work(Console(stderr=True, highlight=False))
         except Interrupted as e:
             if e.requeue and first_process():
                 os.kill(os.getpid(), signal.SIGUSR1)  # to submitit, now that all is saved: it queues the job again
@@ -45,54 +46,44 @@ class Task:
         return submitit.helpers.DelayedSubmission(self)
 
 
+class Task(Queued):
+    """A pre-training."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+
+    def work(self, console: Console) -> str:
+        return pretrain(self.recipe, self.folder, console, progress=False)
+
+
 def submit(recipe: Recipe, folder: Path, options: str, console: Console) -> dict[str, str]:
     """Submit a job that trains `recipe` in `folder`. options: sbatch's, as `partition=gpu,nodes=2,time=1440`.
 
     time is in minutes; nodes and gpus_per_node are the recipe's machine.nodes and machine.devices, one task a device.
     """
-    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read when submitit is imported, here and in the job
-    try:
-        import submitit
-    except ImportError:
-        raise UserError("--slurm needs submitit: pip install 'sslbench[slurm]'") from None
     folder = folder.resolve()
-    given = _parse(options, submitit.SlurmExecutor._valid_parameters() - {"ntasks_per_node", "setup"})
-    machine = recipe.machine
-    for key, option in (("nodes", "nodes"), ("devices", "gpus_per_node")):
-        if given.get(option):
-            if key in machine.model_fields_set and getattr(machine, key) != given[option]:
-                raise UserError(f"--slurm {option}={given[option]}, but the run is for {getattr(machine, key)} {key}")
-            setattr(machine, key, given[option])
+    given, machine = options_of(options), recipe.machine
+    agree_with(given, machine)
     job = Job(recipe)
     Batch.of(recipe)  # refuses what does not divide
     previous = read_run(folder)
     check_same(job, previous, folder)
     if previous.get("status") == "finished":
         return {"run": str(folder), "status": "finished"}
-    defaults = {
-        "job_name": folder.name,
-        "nodes": machine.nodes,
-        "ntasks_per_node": machine.devices,
-        "gpus_per_node": machine.devices,
-        "cpus_per_task": machine.workers + 1,
-        "signal_delay_s": WARNING_S,
-        "setup": ["export SUBMITIT_PREEMPT_SIGNAL=USR1"],
-    }
-    parameters = {k: v for k, v in {**defaults, **given}.items() if v != 0}  # gpus_per_node=0: on CPUs
-    try:
-        executor = submitit.SlurmExecutor(folder / "slurm", max_num_timeout=1000)
-        executor.update_parameters(**parameters)
-        id = executor.submit(Task(recipe, folder)).job_id
-    except RuntimeError as e:  # no srun
-        raise UserError(f"--slurm: {e}") from None
-    except submitit.core.utils.FailedJobError as e:
-        raise UserError(f"--slurm: sbatch refused: {' '.join(str(e).split())}") from None
+    id = send([Task(recipe, folder)], folder / "slurm", folder.name, machine, given)[0]
     console.print(f"submitted as job {id}, {machine.nodes} machine(s) of {machine.devices} device(s); it says in "
                   f"{folder}/slurm/{id}_0_log.err what it does, and is queued again until it is done")  # fmt: skip
     return {"run": str(folder), "status": "submitted", "job": id}
 
 
-def _parse(options: str, known: set[str]) -> dict[str, Any]:
+def options_of(options: str) -> dict[str, Any]:
+    """sbatch's options, as `partition=gpu,nodes=2,time=1440`; UserError where submitit is absent or knows none such."""
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read when submitit is imported, here and in the job
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--slurm needs submitit: pip install 'sslbench[slurm]'") from None
+    known = submitit.SlurmExecutor._valid_parameters() - {"ntasks_per_node", "setup"}
     given: dict[str, Any] = {}
     for pair in options.split(","):
         key, equals, value = (x.strip() for x in pair.partition("="))
@@ -109,3 +100,38 @@ def _parse(options: str, known: set[str]) -> dict[str, Any]:
         if not isinstance(given.get(key, 0), int):
             raise UserError(f"--slurm: {key}={given[key]} is not a number")
     return given
+
+
+def agree_with(given: dict[str, Any], machine: Machine) -> None:
+    """Write nodes and devices of sbatch's options into the recipe's machine; UserError where it states others."""
+    for key, option in (("nodes", "nodes"), ("devices", "gpus_per_node")):
+        if given.get(option):
+            if key in machine.model_fields_set and getattr(machine, key) != given[option]:
+                raise UserError(f"--slurm {option}={given[option]}, but the run is for {getattr(machine, key)} {key}")
+            setattr(machine, key, given[option])
+
+
+def send(tasks: list[Any], logs: Path, name: str, machine: Machine, given: dict[str, Any]) -> list[str]:
+    """Submit one task as a job, several as an array, on that machine, the user's options on top: the jobs' numbers."""
+    import submitit
+
+    defaults = {
+        "job_name": name,
+        "nodes": machine.nodes,
+        "ntasks_per_node": machine.devices,
+        "gpus_per_node": machine.devices,
+        "cpus_per_task": machine.workers + 1,
+        "signal_delay_s": WARNING_S,
+        "setup": ["export SUBMITIT_PREEMPT_SIGNAL=USR1"],
+    }
+    parameters = {k: v for k, v in {**defaults, **given}.items() if v != 0}  # gpus_per_node=0: on CPUs
+    try:
+        executor = submitit.SlurmExecutor(logs, max_num_timeout=1000)
+        executor.update_parameters(**parameters)
+        with executor.batch() if len(tasks) > 1 else contextlib.nullcontext():
+            jobs = [executor.submit(task) for task in tasks]
+    except RuntimeError as e:  # no srun
+        raise UserError(f"--slurm: {e}") from None
+    except submitit.core.utils.FailedJobError as e:
+        raise UserError(f"--slurm: sbatch refused: {' '.join(str(e).split())}") from None
+    return [job.job_id for job in jobs]

@@ -1,0 +1,5 @@
+"""The comparison itself: rows x budgets x seeds, then evaluations, from one file by one executor.
+
+spec.py is the file, budget.py what a budget makes of a recipe, cells.py what there is to run and what the ledger has of
+it, run.py the executor, rank.py the tests and the words, record.py what is kept beside the results.
+"""

@@ -1,0 +1,184 @@
+"""Studies: rows x budgets x seeds from one command, never twice, never lost, ranked by tests."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from sslbench import ledger
+
+# Rows of two small blocks on 16 pixels: a run of 10 steps takes half a second.
+STUDY = {
+    "question": "Does the machinery work?",
+    "answer": "All cells are done.",
+    "metric": "knn_mean",
+    "rows": {
+        "mae": {"recipe": "mae_smoke", "science": {"method": {"decoder_dim": 32, "decoder_depth": 1}}},
+        "ocl": {"recipe": "ocl_smoke"},
+    },
+    "science": {"arch": "vit_mini4", "batch_size": 64},
+    "controls": ["mae"],
+    "untrained": True,
+    "budgets": ["320images", "1280images"],
+    "seeds": 2,
+    "evaluations": [{"protocol": "knn", "pool": ["cls", "mean"]}],
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    def write(name="small", **changes):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**STUDY, **changes}))
+        return path
+
+    return write
+
+
+def answered(done):
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def numbers(home):
+    return ledger.read(home / "results" / "ledger")
+
+
+def test_a_miniature_study_runs_ranks_and_is_not_run_twice(invoke, study, few_images, tmp_path):
+    path = study()
+    planned = invoke("study", path, "--dry-run", columns=80)
+    assert planned.exit_code == 0 and max(map(len, planned.stdout.splitlines())) <= 80, planned.output
+    assert planned.stdout.count("320images") == 4 and "10 runs, 0 of them in the ledger" in planned.stdout
+    assert not (tmp_path / "results").exists()
+    done = invoke("study", path, "--json", columns=80)
+    assert done.exit_code == 0, done.stderr
+    assert max(map(len, done.stderr.splitlines())) <= 80
+    found = answered(done)
+    assert len(found["cells"]) == 2 * 2 * 2 + 2 and {c["status"] for c in found["cells"]} == {"done"}
+    assert all("not enough seeds to rank" in s for s in found["sentences"])
+    assert [e["budget"] for e in found["ranking"]] == ["1280images"] * 3 + ["320images"] * 3
+    assert {e["row"] for e in found["ranking"]} == {"mae", "ocl", "untrained"}
+    lines = len(numbers(tmp_path))
+    page = [invoke("report").exit_code, (tmp_path / "results/report/report.html").read_text()]
+    assert page[0] == 0 and page[1].index("Does the machinery work?") < page[1].index("At equal budgets")
+    # The ledger alone is enough, on another machine too; and the same study gives the same page.
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    again = invoke("study", path, "--json")
+    assert again.exit_code == 0 and answered(again)["ranking"] == found["ranking"]
+    assert len(numbers(tmp_path)) == lines and not list((tmp_path / "runs").glob("*_builtin_*"))
+    assert invoke("report").exit_code == 0
+    assert (tmp_path / "results/report/report.html").read_text() == page[1]
+
+
+def test_a_study_whose_file_changed_after_its_first_run_says_so(invoke, study, few_images, tmp_path):
+    small = {"budgets": ["320images"], "seeds": 1, "untrained": False}
+    assert invoke("study", study(**small)).exit_code == 0
+    changed = invoke("study", study(**small, question="Another question?"))
+    assert changed.exit_code == 0 and "changed after its first final run" in changed.output
+    assert "Another question?" in json.dumps(json.loads((tmp_path / "results/studies/small_builtin.json").read_text()))
+
+
+def test_tuning_gives_each_row_the_same_trials_and_does_not_read_val(invoke, study, few_images, tmp_path, monkeypatch):
+    from sslbench.evaluate import run as evaluation
+
+    features_of, extract = [], evaluation.extract
+    monkeypatch.setattr(
+        evaluation, "extract", lambda s, data, *a: features_of.append(data.split) or extract(s, data, *a)
+    )
+    path = study(budgets=["320images"], seeds=3, tune={"lr_factors": [0.5, 1, 4]})
+    done = invoke("study", path, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = answered(done)
+    trials = [c for c in found["cells"] if "trial" in c]
+    assert [(c["row"], c["trial"]) for c in trials] == [(r, f) for r in ("mae", "ocl") for f in (0.5, 1, 4)]
+    assert {c["seed"] for c in trials} == {10**6}
+    assert {c["seed"] for c in found["cells"] if "trial" not in c} == {0, 1, 2}
+    assert features_of[:6] == ["train"] * 6 and "val" in features_of[6:]  # the trials come first
+    selected = [r for r in numbers(tmp_path) if r.metric == "knn_held_out_top1"]
+    assert len(selected) == 6 and {(r.n, r.seed) for r in selected} == {(50, 10**6)}
+    for row in ("mae", "ocl"):
+        best = max((r for r in selected if r.method == row), key=lambda r: r.value).value
+        chosen = next(c for c in trials if c["row"] == row and c["trial"] == found["chosen"][row])
+        assert chosen["numbers"]["knn_held_out_mean"] == best
+    assert "Tuned: 3 trials a row" in done.stderr
+    finals = [r for r in numbers(tmp_path) if r.metric == "knn_top1" and r.method != "untrained"]
+    assert all(r.cost.tuning and r.cost.tuning["trials"] == 3 for r in finals)
+
+
+def test_a_failing_row_stops_no_other_and_is_named_at_the_end(invoke, study, few_images, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    science = {"method": {"name": f"{tmp_path}/broken.py:Broken"}, "arch": "vit_mini4", "data": {"spec": "builtin"}}
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump({"science": science}))
+    rows = {"broken": {"method": f"{tmp_path}/broken.py:Broken", "recipe": f"{tmp_path}/broken.yaml"}, **STUDY["rows"]}
+    done = invoke("study", study(rows=rows, budgets=["320images"], seeds=1), "--json")
+    assert done.exit_code == 1, done.output
+    assert "1 of 4 runs failed" in done.stderr and "out of luck" in done.stderr
+    assert [c["status"] for c in answered(done)["cells"]] == ["failed", "done", "done", "done"]
+
+
+BROKEN = """
+from sslbench.method import Method
+class Broken(Method):
+    def build_views(self, images, generator):
+        return {"x": images.float()}
+    def forward(self, views):
+        return {"x": self.encoder(views["x"])[:, 0]}
+    def loss(self, outputs):
+        if outputs["x"].device.type != "meta":
+            raise RuntimeError("out of luck")
+        return {"loss": outputs["x"].mean()}
+"""
+
+
+def started(path, home, environment, *flags):
+    command = [sys.executable, "-m", "sslbench", "study", str(path), "--json", *flags]
+    return subprocess.Popen(command, cwd=home, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--jobs", "2"]], ids=["one after the other", "two at once"])
+def test_a_killed_study_goes_on_by_the_same_command(flags, study, environment, tmp_path):
+    path = study(seeds=1, budgets=["2560images", "5120images"])
+    process = started(path, tmp_path, environment, *flags)
+    while not list(tmp_path.glob("runs/*/checkpoints/*.sha256")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in err, err
+    before = {p: p.read_text() for p in tmp_path.glob("runs/*/run.json")}
+    assert any('"interrupted"' in text for text in before.values())
+    process = started(path, tmp_path, environment, *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert {c["status"] for c in found["cells"]} == {"done"} and len(found["cells"]) == 5
+    runs = [json.loads(p.read_text()) for p in tmp_path.glob("runs/*/run.json")]
+    assert len(runs) == 4 and sum(run["resumed"] for run in runs) >= 1
+    assert len({r.id for r in numbers(tmp_path)}) == len(numbers(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--only", "mea"], "has no row 'mea'; did you mean 'mae'"),
+        (["--budget", "0TFLOP"], "budget of nothing"),
+        (["--budget", "1GFLOP"], "less than one step"),
+        (["--scale", "paper"], "has no scales"),
+        (["--rows", "mae"], "not both"),
+        (["--set", "science.optim.lrr=1"], "did you mean 'lr'"),
+    ],
+)
+def test_bad_flags_are_one_message_before_anything_runs(flags, says, invoke, study, tmp_path):
+    done = invoke("study", study(), *flags)
+    assert done.exit_code == 2 and says in done.stderr, done.output
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+
+
+def test_a_file_with_an_unknown_key_is_refused(invoke, study):
+    done = invoke("study", study(rowz={}))
+    assert done.exit_code == 2 and "unknown key 'rowz'; did you mean 'rows'" in done.stderr
