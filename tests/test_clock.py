@@ -8,7 +8,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from sslbench import ledger
 from sslbench.pretrain import compose
+from sslbench.report.tables import tables
 from sslbench.train.clock import Clock
 from sslbench.train.loop import pretrain
 from sslbench.train.watch import Watch
@@ -28,12 +30,12 @@ def tiny(tmp_path, name, science=None, **machine):
 
 
 def test_a_timed_run_keeps_to_its_time_within_three_percent(tiny_arch, few_images, tmp_path):
-    folder, info = tiny(tmp_path, "run", {"device_minutes": 0.1, "epochs": 1, "optim": {"warmup_epochs": 0.1}})
-    assert info["cost"]["wall_s"] == pytest.approx(6, rel=0.03) and info["steps_total"] == info["step"] > 5
+    folder, info = tiny(tmp_path, "run", {"device_minutes": 0.12, "epochs": 1, "optim": {"warmup_epochs": 0.1}})
+    assert info["cost"]["wall_s"] == pytest.approx(7.2, rel=0.03) and info["steps_total"] == info["step"] > 5
     lrs = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     top = lrs.index(max(lrs))
     assert lrs[:top] == sorted(lrs[:top]) and lrs[top:] == sorted(lrs[top:], reverse=True)
-    assert lrs[-1] < 0.05 * max(lrs) and info["cost"]["images_seen"] == 32 * info["step"]
+    assert lrs[-1] < 0.2 * max(lrs) and info["cost"]["images_seen"] == 32 * info["step"]
 
 
 def test_the_clock_ends_at_the_step_nearest_to_its_time():
@@ -90,3 +92,19 @@ def test_weights_are_kept_at_shares_of_the_run(tiny_arch, few_images, tmp_path):
     weights = [load_file(folder / n) for n in (*names, "weights.safetensors")]
     assert not torch.equal(weights[0]["cls_token"], weights[1]["cls_token"])
     assert info["kept"][names[1]]["cost"]["images_seen"] == 32 * info["kept"][names[1]]["step"]
+
+
+def test_a_number_of_kept_weights_says_that_the_schedule_had_not_ended(invoke, tiny_arch, few_images, tmp_path):
+    folder, _ = tiny(tmp_path / "runs", "run", {"epochs": 2}, keep_at=[0.5])
+    half, whole = (json.loads(invoke("eval", "knn", name, "--json").stdout.splitlines()[-1]) for name in
+                   (f"{folder}@0.5", "run"))  # fmt: skip
+    assert half["condition"]["milestone"] == 0.5 and "milestone" not in whole["condition"]
+    assert half["weights_sha256"] != whole["weights_sha256"] and half["pretrain"]["epochs"] == 1
+    assert half["pretrain"]["cost"]["flops"] == pytest.approx(whole["pretrain"]["cost"]["flops"] / 2, rel=0.1)
+    (table,) = tables(ledger.read())
+    assert {r.id for row in table.rows for cell in row.cells.values() for r in cell.records} >= {whole["id"]}
+    assert half["id"] not in {r.id for row in table.rows for cell in row.cells.values() for r in cell.records}
+    wrong = invoke("eval", "knn", "run@0.25")
+    assert wrong.exit_code == 2 and "keeps no weights at 0.25 of the run, but at 0.5" in wrong.stderr
+    (folder / "weights@0.5.safetensors").write_bytes(b"x")
+    assert invoke("eval", "knn", "run@0.5").exit_code == 2

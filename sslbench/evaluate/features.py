@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..paths import home
 from ..provenance import cores
 from ..recipe import Augment, digest, load_yaml
-from ..train.run import read_run, read_science
+from ..train.run import milestone, read_run, read_science
 from ..train.state import check_weights, not_finite, tensors_sha256, write_atomically
 from ..views import VIEW, normalise
 from ..vit import VisionTransformer, get_arch, initialise, pool_tokens
@@ -55,6 +55,7 @@ class Subject:
     def facts(self) -> dict[str, Any]:
         """What a ledger record says of where the encoder comes from, plain data; of a run, as its run.json tells it."""
         run, spent = self.run, self.run.get("cost", {})
+        share = run.get("milestone")
         return {
             "method": self.method,
             "preset": run.get("preset"),
@@ -63,13 +64,14 @@ class Subject:
                 "recipe_hash": run.get("recipe_hash"),
                 "run": self.path.parent.name if self.path and run else None,
                 "data": run.get("data"),
-                "epochs": self.epochs,
+                "epochs": self.epochs if share is None or self.epochs is None else share * self.epochs,
                 "images_seen": spent.get("images_seen"),
                 "batch": self.batch,
                 **{k: run.get(k) for k in ("data_fingerprint", "code", "versions", "hardware")},
             },
             "sha256": self.sha256,
             "seed": run.get("seed"),
+            **({} if share is None else {"milestone": share}),
             "cost": {k: spent.get(k) for k in ("wall_s", "device_hours", "flops", "peak_memory_gib", "joules")},
         }
 
@@ -137,7 +139,13 @@ def _finished(kind: str, root: Path | None = None) -> Iterator[tuple[Path, dict[
 
 
 def find_weights(run: str, kind: str = "pretrain") -> tuple[Path, dict[str, Any]]:
-    """RUN, a folder, its name under `runs/`, or a weights file -> (weights file, run.json or {})."""
+    """RUN, a folder, its name under `runs/`, or a weights file -> (weights file, run.json or {}).
+
+    RUN@0.5 is what `machine.keep_at` kept at half of the run, finished or not; run.json then has the cost so far.
+    """
+    folder, at, share = run.rpartition("@")
+    if at and re.fullmatch(r"0?\.\d+", share) and not Path(run).exists():
+        return _kept(folder, float(share))
     path = Path(run)
     if not path.exists() and (home() / "runs" / run).is_dir():
         path = home() / "runs" / run
@@ -161,6 +169,21 @@ def find_weights(run: str, kind: str = "pretrain") -> tuple[Path, dict[str, Any]
     if not path.is_file():
         raise UserError(f"no run folder and no weights file at {run}; `sslbench list runs` shows what there is")
     return path, info
+
+
+def _kept(run: str, share: float) -> tuple[Path, dict[str, Any]]:
+    """(weights, run.json) at that share of a run."""
+    folder = Path(run) if Path(run).is_dir() else home() / "runs" / run
+    info, path = read_run(folder), milestone(folder, share)
+    kept = info.get("kept", {}).get(path.name)
+    if kept is None or not path.is_file():
+        there = ", ".join(f"{k['share']:g}" for k in info.get("kept", {}).values())
+        raise UserError(
+            f"{folder} keeps no weights at {share:g} of the run{f', but at {there}' if there else ''}; "
+            f"`--set machine.keep_at=[{share:g}]` has a pre-training keep them"
+        )
+    check_weights(path, kept)
+    return path, {**info, "cost": kept["cost"], "milestone": share}
 
 
 def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subject:

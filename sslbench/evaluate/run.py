@@ -364,6 +364,8 @@ def to_ledger(
         value = 100 * value.double().mean().item()
     before, device = facts["cost"], default_device().type
     ours = before.get("wall_s") is not None  # what public weights cost nobody tells: the evaluation's cost is all
+    if (share := facts.get("milestone")) is not None:  # its schedule had not ended
+        condition = {**condition, "milestone": share}
     if facts.get("seed") not in (None, seed):
         condition = {**condition, "pretrain_seed": facts["seed"]}
     flops = [c for c in (before.get("flops"), spent.get("flops")) if c is not None]

@@ -73,6 +73,8 @@ def _select(name: str, records: list[Record]) -> dict[Key, list[Record]]:
     of_run = {images[r.id] for r in records if r.pretrain.run == run_name}
     for r in sorted(records, key=lambda r: r.created):
         run = _without_seed(r.pretrain.run or "")
+        if "milestone" in r.condition:
+            continue
         if wanted not in (r.method, r.pretrain.recipe_hash, run) or r.metric not in (*MAIN_METRICS, "top1"):
             continue
         if of_run and images[r.id] not in of_run:  # a set in another folder of the same name

@@ -114,9 +114,12 @@ class Table:
 
 
 def newest(records: list[Record]) -> list[Record]:
-    """One record a number: of the same weights, protocol, metric, data and seed, the one measured last."""
+    """One record a number: of the same weights, protocol, metric, data and seed, the one measured last.
+
+    Numbers of weights that were kept on the way are left out: their schedule had not ended.
+    """
     last: dict[tuple[Any, ...], Record] = {}
-    for r in sorted(records, key=lambda r: (r.created, r.id)):
+    for r in sorted((r for r in records if "milestone" not in r.condition), key=lambda r: (r.created, r.id)):
         last[r.weights_sha256, r.head_sha256, r.protocol.hash, r.metric, r.dataset, r.data_fingerprint, r.seed] = r
     return list(last.values())
 

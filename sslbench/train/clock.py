@@ -10,8 +10,8 @@ ENDLESS = 2**40  # steps; the clock ends the run long before
 class Clock:
     """The share of a run that lies behind it, which schedules follow.
 
-    By time, it is what `spent_s` says over the run's seconds, and the step whose end is nearest to theirs is the last:
-    a run keeps to its time within half a step and its last save.
+    By time, it is what `spent_s` says over the run's seconds, and the step whose end, with a save after it, is nearest
+    to theirs is the last.
     """
 
     def __init__(
@@ -20,7 +20,7 @@ class Clock:
         """steps: of the whole run, if it is not timed. epochs: of the schedule."""
         self.steps = ENDLESS if seconds else steps
         self.per_epoch, self.epochs, self.seconds, self.spent_s = per_epoch, epochs, seconds, spent_s
-        self.spent = 0.0
+        self.spent = self.save_s = 0.0
 
     def begin(self) -> None:
         """To be called when the time begins to run, or goes on."""
@@ -46,4 +46,11 @@ class Clock:
 
     def over(self, step: int) -> bool:
         """Whether the step that was just done, number `step` in all, was the last."""
-        return step == self.steps if self.seconds is None else self.spent + self.step_s / 2 >= self.seconds
+        if self.seconds is None:
+            return step == self.steps
+        return self.spent + self.step_s / 2 + self.save_s >= self.seconds
+
+    def saved(self) -> None:
+        """To be called after a save at the end of a step."""
+        if self.seconds is not None:
+            self.save_s = self.spent_s() - self.spent

@@ -315,6 +315,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
             bar.update(task, completed=1.0 if last else share)
             if save:
                 run.save(step_module, optimizer, loader, last)
+                clock.saved()
             if stop and not last:
                 of = f", {share:.0%} of its time" if seconds else f" of {total}"
                 what = f"{signals.received} after step {run.steps}{of}; the same command resumes"
