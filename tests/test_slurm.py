@@ -85,7 +85,7 @@ def test_a_job_that_is_told_to_make_room_saves_is_queued_again_and_goes_on(clust
         ("time=1:00:00", "give time=MINUTES"),
         ("time=60,ntasks_per_node=2", "--devices"),
         ("time=60,gpus_per_node=8", "the run is for 2 devices"),
-        ("time=60,nodes=3", "does not divide"),
+        ("time=60,nodes=3", "not divide"),
     ],
 )
 def test_bad_options_are_one_message_and_status_2(options, says, cluster, invoke):

@@ -22,6 +22,7 @@ from ..evaluate.run import evaluate
 from ..paths import home
 from ..provenance import cores
 from ..recipe import Recipe
+from ..train.guard import Signals
 from ..train.loop import pretrain
 from .cells import Cell, DataSets
 
@@ -70,7 +71,10 @@ def do(cell: Cell, console: Console) -> None:
     run = cell.run
     if cell.recipe is not None:
         folder = home() / "runs" / run
+        Signals.unheeded = None
         pretrain(cell.recipe, folder, console)
+        if Signals.unheeded:
+            raise Interrupted(f"{Signals.unheeded} as {folder} ended; the same command goes on")
         run = str(folder)
     for m in cell.missing:
         cell.found[m.name] = evaluate(m.recipe, run, m.data, cell.seed, console=console, tuning=cell.tuning)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning_fabric import Fabric
@@ -39,6 +39,8 @@ class FiniteGuard:
 
 class Signals:
     """SIGINT, SIGTERM and SIGUSR1 (a cluster's warning) ask for a stop: the loop saves and leaves after a step."""
+
+    unheeded: ClassVar[str | None] = None  # what the last run received in its last step, too late to stop it
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -80,5 +82,6 @@ class Signals:
         return found > 0
 
     def __exit__(self, *error: object) -> None:
+        Signals.unheeded = self.received if error[0] is None else None
         for number, handler in self._before.items():
             signal.signal(number, handler)
