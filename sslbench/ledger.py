@@ -140,7 +140,7 @@ def _heal(path: Path, f: BinaryIO) -> int:
     body = content.rstrip()
     start = body.rfind(b"\n") + 1
     last = body[start:]
-    if not last or _is_json(last):
+    if not _is_torn(last):
         missing = b"" if content.endswith(b"\n") or not last else b"\n"
         return len(content) + f.write(missing)
     aside = path.with_suffix(".torn")
@@ -153,12 +153,13 @@ def _heal(path: Path, f: BinaryIO) -> int:
     return start
 
 
-def _is_json(line: bytes) -> bool:
+def _is_torn(line: bytes) -> bool:
+    """Whether it is the beginning of a record, and not the whole of one."""
     try:
         json.loads(line)
     except ValueError:
-        return False
-    return True
+        return line.startswith(b"{")
+    return False
 
 
 def checked(fields: dict[str, Any]) -> Record:
@@ -182,7 +183,7 @@ def read(folder: Path | None = None) -> list[Record]:
     seen: dict[str, str] = {}
     for path in sorted((folder or ledger_folder()).glob("*.jsonl")):
         lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-        if lines and not _is_json(lines[-1][1]):
+        if lines and _is_torn(lines[-1][1]):
             warnings.warn(f"{path}, line {lines.pop()[0]} was never finished: its number is left out", stacklevel=2)
         for number, line in lines:
             try:

@@ -241,7 +241,7 @@ FILES = {  # files, the command, what it says
     "no run": ({"z/notes": ""}, ["eval", "knn", "z"], "z is no run folder"),
     "text": ({"w.pth": "hi"}, ["eval", "knn", "w.pth", "--data", "builtin"], "w.pth is not a weights file"),
     "zip": ({"b_train.npz": "PK\x03\x04 junk"}, ["data", "check", "npz:b_train.npz"], "is not an image archive"),
-    "ledger": ({"results/ledger/b.jsonl": "\udcff"}, ["report"], "b.jsonl, line 1 is not a ledger record"),
+    "ledger": ({"results/ledger/b.jsonl": "\udcff\n"}, ["report"], "b.jsonl, line 1 is not a ledger record"),
     "syntax": ({"m.py": "def x(:"}, ["pretrain", "m.py:X"], "does not load: SyntaxError"),
     "import": ({"m.py": "import nothing_here"}, ["pretrain", "m.py:X"], "does not load: ModuleNotFoundError"),
 }  # fmt: skip
@@ -260,12 +260,16 @@ def test_bad_files_get_one_message_and_status_2(case, invoke, tmp_path):
     assert left == set(files), "something was written"
 
 
-@pytest.mark.parametrize("labels", [["a"] * 20, [-1] * 20])
-def test_labels_that_are_no_classes_are_refused(labels, invoke, tmp_path):
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [(["a"] * 20, "must be integers from 0 on"), ([-1] * 20, "has no labels")],
+    ids=["words", "hidden"],
+)
+def test_labels_that_are_no_classes_are_refused(labels, says, invoke, tmp_path):
     for split in ("train", "test"):
         np.savez(tmp_path / f"s_{split}.npz", images=np.zeros((20, 8, 8, 3), np.uint8), labels=np.array(labels))
     done = invoke("eval", "knn", "untrained:vit_mini4@8", "--data", "npz:s")
-    assert done.exit_code == 2 and "must be integers from 0 on" in done.stderr
+    assert done.exit_code == 2 and says in done.stderr
 
 
 def test_what_is_broken_beside_a_run_stops_no_command_that_does_not_name_it(trained, run_here, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import random
 import signal
 import time
@@ -153,6 +154,8 @@ class MicroBatches:
                 yield (images, labels.to(self.device, non_blocking=True)) if self.labelled else images
         finally:
             del batches  # and its processes, though a traceback may hold this frame
+            for stuck in multiprocessing.active_children():  # torch would ask them to end by SIGTERM, which is blocked
+                stuck.kill()
 
     def check_corrupt(self) -> None:
         """RunFailed where too many files of the set could not be read; of several ranks, to be asked by all together,

@@ -201,7 +201,9 @@ def _npz(path: Path, split: str) -> MemoryImages:
     if labels is not None and labels.shape != (len(images),):
         raise UserError(f"{file}: {len(images)} images but labels of shape {labels.shape}")
     if labels is not None and (labels.dtype.kind not in "iu" or labels.min() < -1):  # -1: not known
-        raise UserError(f"{file}: `labels` must be integers from 0 on, found {labels.dtype}, such as {labels.min()}")
+        raise UserError(
+            f"{file}: `labels` must be integers from 0 on, found {labels.dtype}, such as {min(labels.tolist())}"
+        )
     from ..recipe import data_name
 
     return MemoryImages(
