@@ -74,6 +74,13 @@ def test_a_miniature_study_runs_ranks_and_is_not_run_twice(invoke, study, few_im
     assert (tmp_path / "results/report/report.html").read_text() == page[1]
 
 
+def test_one_row_of_a_study_is_run_and_the_others_are_left_for_later(invoke, study, few_images, tmp_path):
+    path = study(budgets=["320images"], seeds=1, untrained=False, tune={"lr_factors": [1, 2]})
+    found = answered(invoke("study", path, "--only", "ocl", "--json"))
+    assert {(c["row"], c["status"]) for c in found["cells"]} == {("mae", "left out"), ("ocl", "done")}
+    assert {r.method for r in numbers(tmp_path)} == {"ocl"}
+
+
 def test_a_study_whose_file_changed_after_its_first_run_says_so(invoke, study, few_images, tmp_path):
     small = {"budgets": ["320images"], "seeds": 1, "untrained": False}
     assert invoke("study", study(**small)).exit_code == 0

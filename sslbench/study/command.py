@@ -114,13 +114,13 @@ class Plan:
         for cell in self.cells:
             cell.tuning = tuning_cost(self.trials, cell.row)
             cell.look(records, self.sets)
+        for cell in [*self.trials, *self.cells]:
+            if self.only and cell.row not in self.only and cell.status == "open":
+                cell.status = "left out"
 
     def run(self, jobs: int, console: Console) -> dict[str, Any]:
         """All cells, then the table. RunFailed at the end where some failed."""
         everything = [*self.trials, *self.cells]
-        for cell in everything:
-            if self.only and cell.row not in self.only and cell.status == "open":
-                cell.status = "left out"
         done = sum(c.status == "done" for c in everything)
         console.print(f"{self.name}: {len(everything)} runs, {done} of them in the ledger\n", markup=False)
         carry_out([c for c in self.trials if c.status == "open"], self.sets, console, jobs, all_cells=everything)
@@ -220,7 +220,7 @@ def hours_per_step(row: Row, cells: list[Cell]) -> float:
 def _record_name(study: Study, scale: str | None, rows: list[Row]) -> str:
     """The study's name, with its scale, and with the data where that is not in it."""
     data = data_name(rows[0].recipe.science.data.spec)
-    parts = [study.name, *([scale] if scale else []), *([data] if data not in study.name else [])]
+    parts = [study.name, *([scale] if scale else []), *([data] if data not in study.name.split("_") else [])]
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", "_".join(parts))
 
 
