@@ -64,7 +64,7 @@ class Subject:
                 "recipe_hash": run.get("recipe_hash"),
                 "run": self.path.parent.name if self.path and run else None,
                 "data": run.get("data"),
-                "epochs": self.epochs if share is None or self.epochs is None else share * self.epochs,
+                "epochs": self.epochs,
                 "images_seen": spent.get("images_seen"),
                 "batch": self.batch,
                 **{k: run.get(k) for k in ("data_fingerprint", "code", "versions", "hardware")},
@@ -183,7 +183,8 @@ def _kept(run: str, share: float) -> tuple[Path, dict[str, Any]]:
             f"`--set machine.keep_at=[{share:g}]` has a pre-training keep them"
         )
     check_weights(path, kept)
-    return path, {**info, "cost": kept["cost"], "milestone": share}
+    epochs = kept["step"] / info["steps_per_epoch"]
+    return path, {**info, "epochs": epochs, "cost": kept["cost"], "milestone": share}
 
 
 def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subject:

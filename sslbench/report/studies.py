@@ -179,8 +179,9 @@ def html(result: Result, figures: dict[str, str]) -> str:
 
 def _table(grid: Grid) -> str:
     header, lines = grid
-    rows = ["".join(f"<th>{escape(h)}</th>" for h in header)]
-    rows += ["".join(f"<td>{escape(c)}</td>" for c in line) for line in lines]
+    kinds = [' class="key"' if h in ("", "row", "budget") else "" for h in header]
+    rows = ["".join(f"<th{k}>{escape(h)}</th>" for k, h in zip(kinds, header, strict=True))]
+    rows += ["".join(f"<td{k}>{escape(c)}</td>" for k, c in zip(kinds, line, strict=True)) for line in lines]
     return f'<div class="scroll"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
 

@@ -164,6 +164,8 @@ class Run:
         self._weights(self.folder / "weights.safetensors", step_module)
         if self.fabric.is_global_zero:
             self.info["steps_total"] = self.steps
+            if self.job.device_minutes:  # of a timed run, whose recipe cannot know them
+                self.info["epochs"] = self.steps / self.info["steps_per_epoch"]
             self.write("finished", **hashes(self.folder / "weights.safetensors"))
         self.fabric.barrier()
 
