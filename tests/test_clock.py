@@ -36,7 +36,7 @@ def test_a_timed_run_keeps_to_its_time_and_its_schedule_ends_with_it(tiny_arch, 
     lrs = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     top = lrs.index(max(lrs))
     assert lrs[:top] == sorted(lrs[:top]) and lrs[top:] == sorted(lrs[top:], reverse=True)
-    assert lrs[-1] < 0.2 * max(lrs) and info["cost"]["images_seen"] == 32 * info["step"]
+    assert lrs[-1] < 0.5 * max(lrs) and info["cost"]["images_seen"] == 32 * info["step"]
     assert info["epochs"] == info["step"] / info["steps_per_epoch"]
 
 

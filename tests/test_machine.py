@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -92,7 +93,7 @@ def mounted(script, tmp_path, environment):
 
 def test_a_folder_that_is_read_only_is_named(tmp_path, environment):
     (tmp_path / "ro").mkdir()
-    done = mounted("mount -t tmpfs -o ro none ro && SSLBENCH_HOME=ro python -m sslbench " + " ".join(SMOKE),
+    done = mounted(f"mount -t tmpfs -o ro none ro && SSLBENCH_HOME=ro {sys.executable} -m sslbench " + " ".join(SMOKE),
                    tmp_path, environment)  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cannot be used: read-only file system; give another folder by --out or SSLBENCH_HOME" in done.stderr
@@ -101,7 +102,7 @@ def test_a_folder_that_is_read_only_is_named(tmp_path, environment):
 def test_no_room_for_a_batch_in_shared_memory_is_said_and_not_waited_for(tmp_path, environment, image_folder):
     words = [*SMOKE, "--data", f"folder:{image_folder}", "--batch-size", "32", "--out", "r", "--set",
              "machine.workers=1", "--set", "science.epochs=1", "--set", "science.data.image_size=64"]  # fmt: skip
-    done = mounted("mount -t tmpfs -o size=100k none /dev/shm && python -m sslbench " + " ".join(words),
+    done = mounted(f"mount -t tmpfs -o size=100k none /dev/shm && {sys.executable} -m sslbench " + " ".join(words),
                    tmp_path, environment)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "no room in /dev/shm" in done.stderr and "--set machine.workers=0" in done.stderr
