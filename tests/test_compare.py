@@ -12,8 +12,9 @@ from test_report import fields, pretrain, records
 from sslbench import ledger
 from sslbench.errors import UserError
 from sslbench.report.compare import compare
-from sslbench.report.equal import alone, as_rows, equal, holm
+from sslbench.report.equal import alone, as_rows, equal
 from sslbench.report.tables import summary, tables
+from sslbench.stats import holm
 
 QUIET = Console(quiet=True)
 A, B = [40.0, 42.5, 41.0], [38.0, 41.5, 38.5]

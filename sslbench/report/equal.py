@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 
-from ..stats import paired_difference
+from ..stats import holm, paired_difference
 from .tables import Row, Table
 
 NEAR = 1.1  # device times and FLOPs within 10 % of each other are one budget; epochs are equal or they are not
@@ -96,15 +96,6 @@ def _differences(pairs: list[tuple[Row, Row]], column: str) -> list[str]:
         interval = f"{difference:+z.1f}" + ("" if half is None else f" ± {half:.1f}")
         texts.append(f"{interval}, p {ps[i]:.2g}" if i in ps else interval)
     return texts
-
-
-def holm(ps: dict[int, float]) -> dict[int, float]:
-    """Holm's step-down correction (1979): p times the number of hypotheses that are not yet ahead of it."""
-    out, largest = {}, 0.0
-    for rank, (i, p) in enumerate(sorted(ps.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, p * (len(ps) - rank)))
-        out[i] = largest
-    return out
 
 
 def as_rows(group: Group) -> tuple[list[str], list[list[str]]]:
