@@ -108,7 +108,7 @@ def answer(as_json: bool, value: Any) -> None:
 
 @app.command()
 def quickstart(
-    minutes: Annotated[float, typer.Option(help="Wall time to spend, about; shared equally by the methods.")] = 4.5,
+    minutes: Annotated[float, typer.Option(help="Wall time to spend, about; shared equally by the methods.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Out = None,
     as_json: Json = False,
@@ -261,7 +261,8 @@ _transfer_command("ade20k", "UPerNet: mIoU. The same command again resumes an un
 @app.command()
 def study(
     name: Annotated[
-        str | None, typer.Argument(help="A study or its file, such as hybrids_cifar10; `sslbench list recipes`.")
+        str | None,
+        typer.Argument(help="hybrids_cifar10 or another of `sslbench list recipes`, a file, or a paper's table."),
     ] = None,
     rows: Annotated[
         str | None,
@@ -308,8 +309,14 @@ def ablate(
 ) -> None:
     """Every row of a paper's ablation table: pre-train, evaluate, print beside what the paper reports."""
     from .ablate import ablate as run
+    from .study.command import StudyFailed
 
-    answer(as_json, run(table, scale, seed, data, sets or [], dry_run, console(as_json)))
+    try:
+        found = run(table, scale, seed, data, sets or [], dry_run, console(as_json))
+    except StudyFailed as e:
+        answer(as_json, e.answer)
+        raise
+    answer(as_json, found)
 
 
 @app.command()

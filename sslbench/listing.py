@@ -56,7 +56,7 @@ def _recipes() -> list[dict[str, Any]]:
     from .recipe import recipe_files
 
     rows = []
-    for kind in ("pretrain", "eval", "transfer", "ablations"):
+    for kind in ("pretrain", "eval", "transfer", "studies"):
         for name, path in recipe_files(kind).items():
             first = path.read_text().splitlines()[0].removeprefix("# ")
             rows.append({"recipe": name, "kind": kind, "command": first})
@@ -84,7 +84,7 @@ def parameters(arch: str) -> int:
 
 
 def _tables() -> list[dict[str, Any]]:
-    from .report.papers import paper_tables, read_paper
+    from .report.printed import paper_tables, read_paper
 
     rows = []
     for name in paper_tables():

@@ -13,12 +13,14 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from sslbench.ablation import read_ablation, row_recipes
+from sslbench.ablate import ablations
 from sslbench.cli import app
 from sslbench.data import open_split
 from sslbench.evaluate.features import open_subject
 from sslbench.method import methods
-from sslbench.recipe import Batch, recipe_files
+from sslbench.recipe import Batch
+from sslbench.study.cells import rows_of
+from sslbench.study.spec import read_study
 from sslbench.train.meter import Metrics, build, read_metrics
 
 METHODS = list(methods())
@@ -161,13 +163,13 @@ def test_ablate_runs_every_row_and_prints_the_table(invoke, few_images, tmp_path
     assert len(set(hashes)) == 5 and {f.rsplit("_", 1)[1] for f in folders} == {h[:8] for h in hashes}
 
 
-@pytest.mark.parametrize("table", recipe_files("ablations"))
+@pytest.mark.parametrize("table", ablations())
 def test_every_ablation_resolves_at_every_scale_each_row_by_itself(table):
-    ablation = read_ablation(table)
+    ablation = read_study(table)
     assert set(ablation.scales) == {"tiny", "cifar", "paper"}
     for scale in ablation.scales:
-        recipes = row_recipes(ablation, scale)
-        assert list(recipes) == list(range(1, len(recipes) + 1))
+        recipes = {row.name: row.recipe for row in rows_of(ablation, scale, None, [])}
+        assert list(recipes) == [str(i) for i in range(1, len(recipes) + 1)]
         for recipe in recipes.values():
             Batch.of(recipe)
             with torch.device("meta"):

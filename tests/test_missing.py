@@ -15,16 +15,18 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from sslbench import ablate, ledger, provenance
+from sslbench import ledger, provenance
 from sslbench.data import open_split
 from sslbench.evaluate import features, finetune, probe
 from sslbench.evaluate import run as evaluation
 from sslbench.method import get_method, methods
 from sslbench.recipe import dump
 from sslbench.report.missing import missing
-from sslbench.report.papers import measured_for, paper_tables, read_paper
-from sslbench.report.printed import behind, plugin_of, protocol_of
+from sslbench.report.papers import measured_for
+from sslbench.report.printed import paper_tables, plugin_of, protocol_of, read_paper
 from sslbench.report.tables import newest
+from sslbench.study import measure
+from sslbench.study.tables import behind, pretraining_of
 from sslbench.train import loop
 from sslbench.train.job import save_weights
 from sslbench.train.state import hashes
@@ -49,7 +51,7 @@ def pretend(job, folder, console, progress=True, by=None):
     else:
         save_file(tensors, weights)
     info = {"kind": job.kind, **job.info(), "status": "finished", "updated": provenance.now(), "cost": SPENT}
-    info["data_fingerprint"] = "of no images"
+    info["data_fingerprint"] = open_split("builtin", "train").fingerprint
     info |= hashes(weights)
     (folder / "run.json").write_text(json.dumps(info))
     return "finished"
@@ -90,10 +92,10 @@ def virtually(tmp_path, monkeypatch, run_here):
         monkeypatch.setattr(module, "fit", pretend)
     monkeypatch.setattr(features, "VisionTransformer", shapes)
     monkeypatch.setattr(features, "load_exactly", lambda *_: None)
-    for module in (ablate, evaluation):
+    for module in (measure, evaluation):
         monkeypatch.setattr(module, "open_both", lambda spec: splits)
-    monkeypatch.setattr(ablate, "open_split", lambda spec, split: splits[0])
-    monkeypatch.setattr(evaluation, "open_test", lambda spec: splits[1])
+        monkeypatch.setattr(module, "open_test", lambda spec: splits[1])
+    monkeypatch.setattr(measure, "open_split", lambda spec, split: splits[0])
     monkeypatch.setattr(evaluation, "predict", right)
     tuned = SimpleNamespace(encoder=SimpleNamespace(image=(224, 224)))
     monkeypatch.setattr(evaluation, "load_classifier", lambda path: (tuned, splits[1].classes, "vit_b16"))
@@ -102,7 +104,7 @@ def virtually(tmp_path, monkeypatch, run_here):
     monkeypatch.setattr(transfer, "require", lambda: None)
     monkeypatch.setattr(transfer, "find_data", lambda kind, data: tmp_path)
     monkeypatch.setattr(transfer, "read_safetensors", lambda path: ({}, {}))
-    monkeypatch.setattr(transfer.TransferJob, "scope", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(transfer, "scope_of", lambda task: contextlib.nullcontext())
     monkeypatch.setattr(transfer.TransferJob, "build", lambda self: nn.Identity())
     monkeypatch.setattr("sslbench.report.missing._flops", lambda recipe: 1.0)
 
@@ -133,6 +135,21 @@ def test_every_command_of_missing_fills_the_cells_it_was_printed_for(virtually):
     held = {(name, *line[["row", "method", "metric", "dataset"]]): len(behind(line, records)) for name, line in lines}
     assert len(lines) > 300 and {k: n for k, n in held.items() if n != 1} == {}
     assert all(measured_for(line, records) for _, line in lines) and missing([], records, quiet) == []
+
+
+def test_every_table_is_a_study_that_fills_its_cells_and_is_not_run_twice(virtually):
+    for name in NUMBERS:
+        wanted = [line for table, line in own_numbers() if table == name]
+        trained = [line for line in wanted if pretraining_of(line)]
+        if not trained:
+            virtually(f"sslbench study {name} --scale paper", status=2)
+            continue
+        virtually(f"sslbench study {name} --scale paper")
+        records = newest(ledger.read())
+        assert [len(behind(line, records)) for line in trained] == [1] * len(trained), name
+    size = len(ledger.read())
+    virtually("sslbench study ocl_t6 --scale paper")
+    assert len(ledger.read()) == size
 
 
 def test_robustness_scores_the_model_that_is_meant_or_none(virtually, tmp_path):

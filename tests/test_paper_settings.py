@@ -8,8 +8,7 @@ from tiny import METHODS
 from sslbench.evaluate.run import eval_recipe
 from sslbench.pretrain import compose
 from sslbench.recipe import read_tree, recipe_files, resolve
-from sslbench.report.papers import paper_tables, read_paper
-from sslbench.report.printed import protocol_of
+from sslbench.report.printed import paper_tables, protocol_of, read_paper
 from sslbench.train.meter import flops_per_image
 from sslbench.vit import get_arch
 

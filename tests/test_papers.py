@@ -8,16 +8,18 @@ import pytest
 from rich.console import Console
 from test_report import ALL_TABLES, METHODS, fields, pretrain, records
 
-from sslbench.ablate import evaluations
-from sslbench.ablation import read_ablation, row_recipes
 from sslbench.data import known_size
 from sslbench.evaluate.run import eval_recipe, scale_of
 from sslbench.pretrain import compose
 from sslbench.recipe import digest, recipe_files
 from sslbench.report.missing import missing
 from sslbench.report.page import report, write_page
-from sslbench.report.papers import PAPERS, deviations, disagreements, read_paper, reported_beside_measured
-from sslbench.report.printed import protocol_of
+from sslbench.report.papers import deviations, disagreements, reported_beside_measured
+from sslbench.report.printed import PAPERS, protocol_of, read_paper
+from sslbench.study.cells import rows_of
+from sslbench.study.measure import measures_of
+from sslbench.study.spec import read_study
+from sslbench.study.tables import paper_rows
 from sslbench.transfer.protocol import transfer_recipe
 from sslbench.views import VIEW
 
@@ -113,7 +115,7 @@ def test_measured_stands_beside_reported_for_the_rows_own_recipe_alone(home):
 def test_an_ablations_row_is_in_no_headline_cell_but_where_it_is_that_very_recipe(home):
     """Five values of kappa: 64 is the method's own."""
     under = {"method": "ocl", "arch": "vit_l16", "protocol": protocol("finetune_ocl_l", "mean")}
-    hashes = {i: recipe.hash() for i, recipe in row_recipes(read_ablation("ocl_t5"), "paper").items()}
+    hashes = {i: recipe.hash() for i, recipe in paper_rows("ocl_t5").items()}
     runs = {i: pretrain(data="imagenet", epochs=800, recipe_hash=hash) for i, hash in hashes.items()}
     measured = records(*(at_paper_scale(80 + i, "finetune_top1", pretrain=run, **under) for i, run in runs.items()))
     own = "85.8 [4] | 84.0 ± 0.2 (-1.8, 800 ep)"
@@ -352,15 +354,18 @@ def _recipe(command):
 def test_an_ablations_row_is_measured_as_its_paper_measured_it(home):
     """Transfer too; the quick probes stand in at the small scales alone, also where the paper has no table of it."""
 
-    def by(table, row, scale="paper", data=None):
-        return [(e.command, e.recipe, e.data) for e in evaluations(read_ablation(table), row, scale, data)]
+    def by(table, number, scale="paper", data=None):
+        study = read_study(table)
+        row = rows_of(study, scale, data, [])[number - 1]
+        found = measures_of(row.evaluations, row.recipe, study.at(scale).eval_data, None)
+        return [(m.recipe.science.protocol, m.recipe.name, m.data) for m in found]
 
-    assert by("ocl_t5", 2) == [("eval finetune", "finetune_ocl_l", None)]
-    assert by("micl_t2", 6) == by("ocl_t2", 6) == [("eval linprobe", "linprobe_mae", None),
-                                                   ("eval finetune", "finetune_ocl_b", None)]  # fmt: skip
-    assert by("asl_t7", 3) == [("eval linprobe", "linprobe_mae", "imagenet"), ("transfer coco", "coco_asl", None)]
-    assert by("asl_t7", 3, data="coco:/x")[1] == ("transfer coco", "coco_asl", "coco:/x")
-    assert by("ccmim_f2", 7) == [("eval linprobe", "linprobe_ccmim", None)]
+    assert by("ocl_t5", 2) == [("finetune", "finetune_ocl_l", "imagenet")]
+    assert by("micl_t2", 6) == by("ocl_t2", 6) == [("linprobe_augmented", "linprobe_mae", "imagenet"),
+                                                   ("finetune", "finetune_ocl_b", "imagenet")]  # fmt: skip
+    assert by("asl_t7", 3) == [("linprobe_augmented", "linprobe_mae", "imagenet"), ("coco", "coco_asl", None)]
+    assert by("asl_t7", 3, data="coco:/x")[1] == ("coco", "coco_asl", "coco:/x")
+    assert by("ccmim_f2", 7) == [("linprobe_augmented", "linprobe_ccmim", "imagenet")]
     assert [e[1] for e in by("macrl_s3", 1)] == ["linprobe_macrl_cifar", "finetune_macrl_cifar"]
     for table in ("ocl_t2", "ccmim_f2", "macrl_s3"):
         assert [e[1] for e in by(table, 1, "tiny")] == [e[1] for e in by(table, 1, "cifar")] == ["knn", "linprobe"]

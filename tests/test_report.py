@@ -20,7 +20,7 @@ from sslbench.errors import RunFailed, UserError
 from sslbench.report import figures
 from sslbench.report.page import report, write_page
 from sslbench.report.paper_figures import curves, paper_figures
-from sslbench.report.papers import paper_tables
+from sslbench.report.printed import paper_tables
 from sslbench.report.tables import summary, tables
 
 METHODS = ["asl", "ccmim", "macrl", "mae", "mocov3", "ocl"]

@@ -14,7 +14,7 @@ COMMANDS = {
     # The tasks, without srun's own flags; each writes its process id.
     "srun": """
 while [[ $1 == --* ]]; do case $1 in --output|--error) shift 2 ;; *) shift ;; esac; done
-for i in 0 1; do
+for ((i = 0; i < SLURM_NTASKS; i++)); do
   SLURM_PROCID=$i SLURM_LOCALID=$i bash -c 'echo $$ > $CLUSTER/task$SLURM_PROCID; exec "$@"' task "$@" \
     2> $CLUSTER/said$i &
 done
@@ -100,3 +100,21 @@ def test_without_submitit_or_a_cluster_it_says_what_is_missing(invoke, monkeypat
     monkeypatch.setitem(sys.modules, "submitit", None)
     done = invoke(*RUN, "--slurm", OPTIONS)
     assert done.exit_code == 2 and "pip install 'sslbench[slurm]'" in done.stderr, done.output
+
+
+def test_a_study_is_an_array_of_jobs_whose_numbers_the_same_command_finds(cluster, invoke, environment):
+    rows = ["--rows", "mae,ocl", "--data", "builtin", "--budget", "64images", "--set", "science.data.image_size=16"]
+    sent = invoke("study", *rows, "--slurm", OPTIONS, "--json")
+    assert sent.exit_code == 0, sent.output
+    answer = json.loads(sent.stdout.splitlines()[-1])
+    assert [c["status"] for c in answer["cells"]] == ["submitted"] * 3 and answer["jobs"] == ["77_0", "77_1", "77_2"]
+    assert "#SBATCH --array=0-2" in (cluster / "batch.sh").read_text()
+    for i in range(3):
+        ids = {"SLURM_JOB_ID": f"{78 + i}", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": f"{i}"}
+        env = environment(cluster, {**ids, "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1",
+                                    "SLURM_JOB_NODELIST": "localhost"})  # fmt: skip
+        subprocess.run(["bash", "batch.sh"], cwd=cluster, env=env, check=True)
+        assert "Traceback" not in (cluster / "said0").read_text(), (cluster / "said0").read_text()
+    again = invoke("study", *rows, "--json")
+    assert again.exit_code == 0 and "3 runs, 3 of them in the ledger" in again.stderr, again.output
+    assert len(list((cluster / "runs").glob("*/run.json"))) == 2

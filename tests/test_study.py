@@ -8,6 +8,7 @@ import time
 
 import pytest
 import yaml
+from transfer_data import ade20k_part, unpack
 
 from sslbench import ledger
 
@@ -125,6 +126,42 @@ def test_a_failing_row_stops_no_other_and_is_named_at_the_end(invoke, study, few
     assert done.exit_code == 1, done.output
     assert "1 of 5 runs failed" in done.stderr and "out of luck" in done.stderr
     assert [c["status"] for c in answered(done)["cells"]] == ["failed"] + ["done"] * 4
+
+
+def test_training_from_scratch_has_the_flops_of_pretraining_and_finetuning(invoke, study, few_images, tmp_path):
+    path = study(
+        budgets=["100GFLOP"],
+        seeds=1,
+        untrained=False,
+        scratch=True,
+        metric="finetune_smoke_mean",
+        rows={"mae": STUDY["rows"]["mae"]},
+        evaluations=[{"protocol": "finetune", "recipe": "finetune_smoke", "pool": "mean"}],
+    )
+    done = invoke("study", path, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert [(c["row"], c["status"]) for c in answered(done)["cells"]] == [("mae", "done"), ("from scratch", "done")]
+    cost = {r.method: r.cost.flops for r in numbers(tmp_path)}
+    assert cost["untrained"] == pytest.approx(cost["mae"], rel=0.03) and cost["mae"] > 1e11
+
+
+def test_a_study_measures_segmentation_once(invoke, study, few_images, shared, tmp_path):
+    for module in ("mmengine", "mmcv", "mmseg"):
+        pytest.importorskip(module, reason="needs the extra `transfer`", exc_type=ImportError)
+    data = ade20k_part(unpack(shared, "ade20k_real6", tmp_path), tmp_path / "ade3")
+    by = {"protocol": "ade20k", "recipe": "ade20k_smoke", "data": str(data), "set": ["machine.pictures=0"]}
+    path = study(budgets=["320images"], seeds=1, metric="ade20k_smoke", evaluations=[by])
+    for _ in range(2):
+        done = invoke("study", path, "--json")
+        assert done.exit_code == 0, done.stderr
+        cells = answered(done)["cells"]
+        assert all(0 <= c["numbers"]["ade20k_smoke"] <= 100 for c in cells if c["row"] != "untrained")
+        assert len([r for r in numbers(tmp_path) if r.metric == "miou"]) == 2
+    assert "mIoU (ade20k_smoke)" in done.stderr
+    nowhere = study("elsewhere", budgets=["320images"], seeds=1, evaluations=[{**by, "data": str(tmp_path / "no")}])
+    refused = invoke("study", nowhere)
+    assert refused.exit_code == 2 and "no ade20k data set" in refused.stderr
+    assert invoke("study", nowhere, "--dry-run").exit_code == 0
 
 
 BROKEN = """

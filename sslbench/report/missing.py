@@ -11,10 +11,11 @@ from ..ledger import Record
 from ..plan import SHARE, device_hours
 from ..pretrain import length
 from ..recipe import Recipe, digest
+from ..study.tables import Pretraining, pretraining_of
 from ..train.job import run_name
 from ..train.meter import flops_per_image
-from .papers import contradiction, measured_for, paper_tables, read_paper
-from .printed import Pretraining, epochs_contradicted, evaluation_of, pretraining_of
+from .papers import contradiction, measured_for
+from .printed import epochs_contradicted, evaluation_of, paper_tables, read_paper
 from .tables import newest
 
 YARDSTICK = "A100"
@@ -31,7 +32,7 @@ def missing(names: list[str], records: list[Record], console: Console) -> list[d
     for name in names or [n for n in paper_tables() if not n.endswith("_text")]:
         found = _of_table(name, records)
         if found:
-            console.print(f"[bold]{name}[/]")
+            console.print(f"[bold]{name}[/]: all of it by sslbench study {name} --scale paper")
         for entry in found:
             cost = "" if entry["flops"] is None else f"    # about {entry['device_hours']:,.0f} {YARDSTICK} hours"
             console.print(f"  {entry['pretrain']}{cost}", markup=False)

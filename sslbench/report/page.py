@@ -22,15 +22,14 @@ from . import figures, studies
 from .equal import EQUAL, alone, equal
 from .paper_figures import PaperFigure, curves, paper_figures
 from .papers import (
-    PAPERS,
     Deviation,
     Disagreement,
     PaperTable,
     deviations,
     disagreements,
-    paper_tables,
     reported_beside_measured,
 )
+from .printed import PAPERS, paper_tables
 from .tables import MAIN_METRICS, Cell, Table, summary, tables
 from .terminal import show
 from .text import (

@@ -18,12 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from ..ablation import paper_rows
 from ..listing import parameters
 from ..paths import home
+from ..study.tables import paper_rows
 from ..vit import ARCHS
 from .figures import GREY, STYLE, WIDTH, colour_of, label_of, log_costs, name_points
-from .papers import read_paper
+from .printed import read_paper
 from .tables import Cell, Row, Table
 
 PANEL = 1.9  # inches, the height of a panel

@@ -5,25 +5,15 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..errors import UserError, nearest
 from ..ledger import Record
 from ..method import methods
-from ..paths import bundled
-from .printed import behind
+from ..study.tables import behind
+from .printed import paper_tables, read_paper
 from .tables import cell_of, newest
-
-PAPERS = {
-    "ocl": "OCL (Yang et al. 2025)",
-    "micl": "MiCL, the earlier version of OCL (Yang et al.)",
-    "asl": "ASL (Li et al. 2024)",
-    "ccmim": "ccMIM (Zhang et al. 2023)",
-    "macrl": "MACRL (Yao et al. 2022)",
-}
 
 # What may tell rows apart; and how the table says it once where it does not.
 KEYS = {"method": "{}", "arch": "{}", "pretrain_data": "pre-trained on {}", "epochs": "{} epochs", "condition": "{}"}
@@ -40,25 +30,6 @@ class PaperTable:
     rows: list[list[str]]
     notes: list[str]
     sources: dict[tuple[int, int], str]  # (row, column) -> the id of a record behind the number after the bar
-
-
-def paper_tables() -> dict[str, Path]:
-    """`ocl_t6` -> its CSV: paper by paper, its tables by number, then others, what the text says last."""
-
-    def order(path: Path) -> tuple[int, int, str]:
-        paper, _, table = path.stem.partition("_")
-        at = [*PAPERS].index(paper) if paper in PAPERS else len(PAPERS)
-        return at, int(table[1:]) if table[1:].isdigit() else 98 + (table == "text"), path.stem
-
-    return {p.stem: p for p in sorted(bundled("results/paper").glob("*.csv"), key=order)}
-
-
-def read_paper(name: str) -> pd.DataFrame:
-    """A paper's table as printed, every column as text."""
-    known = paper_tables()
-    if name not in known:
-        raise UserError(f"unknown table '{name}'{nearest(name, known)}; `sslbench list tables` shows all")
-    return pd.read_csv(known[name], dtype=str, keep_default_na=False)
 
 
 def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:

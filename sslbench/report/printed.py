@@ -1,26 +1,48 @@
-"""What stands behind a number that a paper prints: the recipe that pre-trains for it, the command that measures it."""
+"""What the papers print, results/paper/*.csv, and the command that measures a number as a paper measured it."""
 
 from __future__ import annotations
 
 import functools
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..ablation import paper_rows
-from ..errors import UserError
+import pandas as pd
+
+from ..errors import UserError, nearest
 from ..evaluate.job import protocol_hash
 from ..evaluate.run import Robustness, eval_recipe, robustness_hash
-from ..ledger import Record
-from ..method import get_method
-from ..pretrain import compose
-from ..recipe import Recipe, recipe_files
+from ..paths import bundled
 from ..transfer.protocol import transfer_recipe
 from ..views import VIEW
 
-# Keys of a row's condition that say what its recipe or its evaluation has anyway. Another, such as `kappa=4` in a text,
-# is a setting that no recipe here is known to have, so that nothing measured is that number.
-DESCRIBES = {"aug", "iterations", "head", "linprobe_epochs", "finetune_epochs"}
+PAPERS = {
+    "ocl": "OCL (Yang et al. 2025)",
+    "micl": "MiCL, the earlier version of OCL (Yang et al.)",
+    "asl": "ASL (Li et al. 2024)",
+    "ccmim": "ccMIM (Zhang et al. 2023)",
+    "macrl": "MACRL (Yao et al. 2022)",
+}
+
+
+def paper_tables() -> dict[str, Path]:
+    """`ocl_t6` -> its CSV: paper by paper, its tables by number, then others, what the text says last."""
+
+    def order(path: Path) -> tuple[int, int, str]:
+        paper, _, table = path.stem.partition("_")
+        at = [*PAPERS].index(paper) if paper in PAPERS else len(PAPERS)
+        return at, int(table[1:]) if table[1:].isdigit() else 98 + (table == "text"), path.stem
+
+    return {p.stem: p for p in sorted(bundled("results/paper").glob("*.csv"), key=order)}
+
+
+def read_paper(name: str) -> pd.DataFrame:
+    """A paper's table as printed, every column as text."""
+    known = paper_tables()
+    if name not in known:
+        raise UserError(f"unknown table '{name}'{nearest(name, known)}; `sslbench list tables` shows all")
+    return pd.read_csv(known[name], dtype=str, keep_default_na=False)
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,11 @@ class Evaluation:
     sets: tuple[str, ...] = ()
     of: Evaluation | None = None  # the fine-tuning whose model is scored, where it is not the encoder
 
+    @property
+    def kind(self) -> str:
+        """The protocol: the last word of the command."""
+        return self.command.split()[1]
+
     def commands(self, run: str) -> list[str]:
         """What to type, in order; the last gives the number."""
         words = ["sslbench", self.command, run, "--recipe", self.recipe]
@@ -44,8 +71,8 @@ class Evaluation:
     def protocol_hashes(self, pool: str, side: int) -> set[str]:
         """Of the records that it makes, its recipe as it is shipped. pool: the encoder's own feature, for a recipe that
         leaves it open; side: pixels of the views that the encoder was trained on."""
-        command, kind = self.command.split()
-        if command == "transfer":
+        kind = self.kind
+        if self.command.startswith("transfer"):
             return {transfer_recipe(kind, self.recipe, [*self.sets]).protocol_hash()}
         science = eval_recipe(kind, self.recipe, [*self.sets]).science
         size = getattr(science, "image_size", None) or side
@@ -70,6 +97,15 @@ def evaluation_of(line: Any) -> Evaluation | None:
     stated = re.search(r"(?:linprobe|finetune)_epochs=(\d+)", line["condition"])
     sets = (f"science.epochs={stated[1]}",) if stated else ()
     return Evaluation(command, recipe, None if command.startswith("transfer") else data, sets)
+
+
+def evaluations_printed(table: str, row: str) -> list[Evaluation]:
+    """What measured the numbers that a paper's table prints of a row; [] where there is no such table."""
+    if table not in paper_tables():
+        return []
+    lines = read_paper(table)
+    printed = [line for _, line in lines[(lines["row"] == row) & (lines["value"] != "")].iterrows()]
+    return list(dict.fromkeys(e for line in printed if (e := evaluation_of(line))))
 
 
 def protocol_of(line: Any) -> tuple[str, str] | None:
@@ -101,46 +137,6 @@ def protocol_of(line: Any) -> tuple[str, str] | None:
     return ("eval robustness", "robustness") if metric == "top1" and "imagenet_" in line["dataset"] else None
 
 
-@dataclass(frozen=True)
-class Pretraining:
-    """The pre-training that a printed number asks for."""
-
-    command: str
-    recipe: Recipe
-    ablation: bool = False  # whether it is a row of what `command` runs
-
-    @functools.cached_property
-    def hash(self) -> str:
-        return self.recipe.hash()
-
-
-def pretraining_of(line: Any) -> Pretraining | None:
-    """None where the suite has no such method or arch, or no recipe that is known to have the row's condition."""
-    table = f"{line['paper']}_{line['table']}"
-    if rows := paper_rows(table):
-        found = rows.get(line["row"])
-        return Pretraining(f"sslbench ablate {table} --scale paper", found, True) if found else None
-    if {part.partition("=")[0] for part in line["condition"].split(";") if part} - DESCRIBES:
-        return None
-    epochs = "" if epochs_contradicted(line) else line["epochs"]
-    return _composed(table, plugin_of(line), line["arch"], line["pretrain_data"].replace("_", "-"), epochs)
-
-
-@functools.cache
-def _composed(table: str, method: str, arch: str, data: str, epochs: str) -> Pretraining | None:
-    own = f"{method}/{table}_{data}"  # a recipe for this table alone, where its settings are not the method's usual
-    own = own if own in recipe_files() else ""
-    science = {"arch": arch, "data": {"spec": data}, "epochs": float(epochs) if epochs else None}
-    try:
-        recipe = compose(method, recipe=own or None, science=science)
-    except UserError:
-        return None
-    chosen = f"--recipe {own}" if own else f"--arch {arch}"
-    return Pretraining(
-        f"sslbench pretrain {method} {chosen} --data {data}" + (f" --epochs {epochs}" if epochs else ""), recipe
-    )
-
-
 def epochs_contradicted(line: Any) -> bool:
     """Whether the rest of the paper has other epochs than those printed in the row: its recipe's are taken."""
     return line["note"].startswith("epochs printed as")
@@ -149,15 +145,3 @@ def epochs_contradicted(line: Any) -> bool:
 def plugin_of(line: Any) -> str:
     """The method here that a printed row is of: MiCL is OCL's earlier version; MACRL's MoCo, v1, is run as v3."""
     return {"micl": "ocl", "MoCo": "mocov3"}.get(line["method"], line["method"])
-
-
-def behind(line: Any, records: list[Record]) -> list[Record]:
-    """The records of a printed number: of the very recipe, whatever the seed, under its protocol, on its data."""
-    run, evaluation = pretraining_of(line), evaluation_of(line)
-    if not run or not evaluation:
-        return []
-    pool, side = get_method(run.recipe.method).pool, run.recipe.science.data.image_size or 0
-    protocols = evaluation.protocol_hashes(pool, side)
-    wanted = (run.hash, line["metric"], line["dataset"].replace("_", "-"))
-    its = [r for r in records if (r.pretrain.recipe_hash, r.metric, r.dataset.replace("_", "-")) == wanted]
-    return [r for r in its if r.protocol.hash in protocols]

@@ -11,7 +11,8 @@ from ..study.results import Result
 from . import studies
 from .equal import EQUAL, alone, as_rows, equal
 from .paper_figures import PaperFigure
-from .papers import PAPERS, Deviation, Disagreement, PaperTable
+from .papers import Deviation, Disagreement, PaperTable
+from .printed import PAPERS
 from .tables import Cell, Row, Table, summary
 
 NOTHING = "Nothing is measured yet. `sslbench quickstart` measures in minutes; `sslbench eval knn` adds a number."

@@ -7,63 +7,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from ..data import ImageSet, open_both, open_split
+from ..data import open_both
+from ..errors import UserError
 from ..evaluate.features import open_subject
 from ..evaluate.finetune import Finetune, FinetuneJob
-from ..evaluate.run import EvalRecipe, eval_recipe, protocol_of
+from ..evaluate.run import EvalRecipe, eval_recipe
 from ..ledger import Record
-from ..method import get_method
 from ..pretrain import compose, length
 from ..recipe import Batch, Recipe, merge
+from ..report.printed import evaluations_printed
 from ..train.job import run_name
 from ..train.meter import flops_per_image
 from .budget import Budget, parse_budget, within
+from .measure import SELECT, DataSets, Measure, measure, measures_of
 from .spec import TRIAL_SEED, Evaluation, Level, Pool, Study
 
 UNTRAINED, SCRATCH = "untrained", "from scratch"
-SELECT = "knn_held_out"  # the protocol that tuning selects by
-
-
-class DataSets:
-    """The labelled sets of a study, each opened once. What is not there is a UserError."""
-
-    def __init__(self) -> None:
-        self.opened: dict[str, tuple[ImageSet, ImageSet]] = {}
-        self.trained: dict[str, ImageSet] = {}
-
-    def both(self, spec: str) -> tuple[ImageSet, ImageSet]:
-        if spec not in self.opened:
-            self.opened[spec] = open_both(spec)
-        return self.opened[spec]
-
-    def train(self, spec: str) -> ImageSet:
-        if spec not in self.trained:
-            self.trained[spec] = self.opened[spec][0] if spec in self.opened else open_split(spec, "train")
-        return self.trained[spec]
-
-
-@dataclass
-class Measure:
-    """One number to measure: a protocol on a labelled set, by a feature, in views of `side` pixels."""
-
-    name: str  # such as knn_mean
-    recipe: EvalRecipe
-    data: str
-    pool: str
-    side: int
-
-    def identity(self, sets: DataSets) -> tuple[str, str, str]:
-        """(hash of the protocol, metric, fingerprint of the images): what a record of it says."""
-        if self.recipe.name == SELECT:
-            train = sets.train(self.data)
-            return protocol_of(self.recipe, self.pool, self.side, train)["hash"], self.metric, train.fingerprint
-        train, val = sets.both(self.data)
-        return protocol_of(self.recipe, self.pool, self.side, train, val)["hash"], self.metric, val.fingerprint
-
-    @property
-    def metric(self) -> str:
-        """Of its main number; a protocol may have others."""
-        return f"{self.recipe.science.protocol.removesuffix('_augmented')}_top1"
+QUICK = [Evaluation(protocol="knn"), Evaluation(protocol="linprobe")]
 
 
 @dataclass
@@ -92,11 +52,19 @@ class Cell:
         trial = "" if self.factor is None else f" lr x {self.factor:g}"
         return " ".join(part for part in (self.row + trial, self.budget, f"seed {self.seed}") if part)
 
-    def look(self, records: Iterable[Record], sets: DataSets) -> None:
-        """Take up what the ledger has of it: the same recipe, seed, images and protocol, wherever it was measured."""
+    def look(self, records: Iterable[Record], sets: DataSets, planning: bool = False) -> None:
+        """Take up what the ledger has of it: the same recipe, seed, images and protocol, wherever it was measured.
+
+        planning: data that is not on this machine has no numbers. Else it is a UserError.
+        """
         self.found = {}
         for m in self.measures:
-            identity = m.identity(sets)
+            try:
+                identity = m.identity(sets)
+            except UserError:
+                if planning:
+                    continue
+                raise
             same = [r for r in records if self._is(r, identity, sets)]
             if same:
                 self.found[m.name] = max(same, key=lambda r: (r.created, r.id))
@@ -124,6 +92,7 @@ class Row:
     name: str
     label: str
     recipe: Recipe
+    evaluations: list[Evaluation]
 
 
 def rows_of(study: Study, scale: str | None, data: str | None, sets: list[str]) -> list[Row]:
@@ -137,32 +106,12 @@ def rows_of(study: Study, scale: str | None, data: str | None, sets: list[str]) 
         method = row.method or study.method or str(name)
         recipe = compose(method, recipe=row.recipe or level.recipe, preset=row.preset, science=science, sets=sets)
         Batch.of(recipe)  # refuses what does not divide
-        out.append(Row(str(name), row.label or str(name), recipe))
+        by = row.evaluations or level.evaluations or study.evaluations
+        if not by and scale == "paper":
+            by = [Evaluation(protocol=e.kind, recipe=e.recipe, set=[*e.sets])
+                  for e in evaluations_printed(study.name, str(name))]  # fmt: skip
+        out.append(Row(str(name), row.label or str(name), recipe, by or QUICK))
     return out
-
-
-def measures_of(
-    evaluations: list[Evaluation], recipe: Recipe, data: str | None, budget: Budget | None
-) -> list[Measure]:
-    """What a run of `recipe` is measured by. data: labelled; None: what it was trained on."""
-    out = []
-    for e in evaluations:
-        at = None if e.budgets is None else {parse_budget(b).text for b in e.budgets}
-        if at is not None and (budget is None or budget.text not in at):
-            continue
-        pools = e.pool if isinstance(e.pool, list) else [e.pool]
-        for pool in pools:
-            sets = [*e.set, *([f"science.pool={pool}"] if pool else [])]
-            named = eval_recipe(e.protocol, e.recipe, sets)
-            out.append(measure(named, recipe, e.data or data or recipe.science.data.spec))
-    return out
-
-
-def measure(protocol: EvalRecipe, recipe: Recipe, data: str) -> Measure:
-    """That protocol on what `recipe` trains."""
-    side = recipe.science.data.image_size or 0
-    pool = getattr(protocol.science, "pool", None) or get_method(recipe.method).pool
-    return Measure(f"{protocol.name}_{pool}", protocol, data, pool, side)
 
 
 def trained(row: str, recipe: Recipe, budget: Budget | None, seed: int, warmup: float, flops: float) -> Cell:
@@ -192,7 +141,7 @@ def final_cells(study: Study, level: Level, rows: list[Row], factors: dict[str, 
                 recipe = with_factor(row.recipe, factors.get(row.name, 1.0))
                 cell = trained(row.name, recipe, budget, seed, study.warmup, flops[row.name])
                 assert cell.recipe is not None
-                cell.measures = measures_of(level.evaluations or [], cell.recipe, level.eval_data, budget)
+                cell.measures = measures_of(row.evaluations, cell.recipe, level.eval_data, budget)
                 cells.append(cell)
             if study.untrained:
                 cells += [c for c in _untrained(level, rows, seed) if not _there(c, cells)]
@@ -204,21 +153,21 @@ def final_cells(study: Study, level: Level, rows: list[Row], factors: dict[str, 
 def _untrained(level: Level, rows: list[Row], seed: int) -> list[Cell]:
     """An untrained ViT of each shape that the rows have, measured by what needs no training."""
     cells = []
-    for science in {(r.recipe.science.arch, r.recipe.science.data.image_size): r.recipe for r in rows}.values():
-        arch, side = science.science.arch, science.science.data.image_size
-        frozen = [e for e in level.evaluations or [] if e.protocol in ("knn", "linprobe") and e.budgets is None]
-        measures = measures_of(frozen, science, level.eval_data, None)
-        cells.append(Cell(UNTRAINED, "", seed, None, f"{UNTRAINED}:{arch}@{side}", measures))
+    for row in _shapes(rows):
+        frozen = [e for e in row.evaluations if e.protocol in ("knn", "linprobe") and e.budgets is None]
+        measures = measures_of(frozen, row.recipe, level.eval_data, None)
+        cells.append(Cell(UNTRAINED, "", seed, None, _untrained_run(row), measures))
     return cells
 
 
 def from_scratch(level: Level, rows: list[Row], budget: Budget, seed: int) -> list[Cell]:
     """Fine-tuning of an untrained ViT of each shape, for the FLOPs of pre-training and fine-tuning together."""
     cells = []
-    for science in {(r.recipe.science.arch, r.recipe.science.data.image_size): r.recipe for r in rows}.values():
-        run = f"{UNTRAINED}:{science.science.arch}@{science.science.data.image_size}"
-        tuned = [e for e in level.evaluations or [] if e.protocol == "finetune"]
-        for m in measures_of(tuned, science, level.eval_data, budget):
+    for row in _shapes(rows):
+        run = _untrained_run(row)
+        tuned = [e for e in row.evaluations if e.protocol == "finetune"]
+        for m in measures_of(tuned, row.recipe, level.eval_data, budget):
+            assert isinstance(m.recipe, EvalRecipe) and m.data is not None
             train, val = open_both(m.data)
             job = FinetuneJob(m.recipe, open_subject(run, seed), m.data, train, m.pool, seed, val)
             an_epoch = job.flops_per_image() * (len(train) // job.batch_size * job.batch_size)
@@ -230,6 +179,15 @@ def from_scratch(level: Level, rows: list[Row], budget: Budget, seed: int) -> li
             m.name += "_scratch"
             cells.append(Cell(SCRATCH, budget.text, seed, None, run, [m], flops=an_epoch * m.recipe.science.epochs))
     return cells
+
+
+def _shapes(rows: list[Row]) -> list[Row]:
+    """A row of each arch and size of view that the rows have."""
+    return list({(r.recipe.science.arch, r.recipe.science.data.image_size): r for r in rows}.values())
+
+
+def _untrained_run(row: Row) -> str:
+    return f"{UNTRAINED}:{row.recipe.science.arch}@{row.recipe.science.data.image_size}"
 
 
 def _there(cell: Cell, cells: list[Cell]) -> bool:

@@ -16,7 +16,6 @@ from ..recipe import data_name, parse_sets
 from .budget import parse_budget
 from .cells import (
     Cell,
-    DataSets,
     Row,
     choose_factors,
     final_cells,
@@ -24,11 +23,13 @@ from .cells import (
     trial_cells,
     tuning_cost,
 )
+from .measure import DataSets
 from .rank import Ranking
 from .record import keep
 from .results import as_entries, result
 from .run import carry_out, duration
-from .spec import Study, check, read_study, studies, study_of, write_study
+from .spec import Study, check, studies, study_of, write_study
+from .tables import study_named
 
 
 def study(
@@ -47,7 +48,8 @@ def study(
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Run what of the study is not in the ledger, and print its ranking: {"study", "cells", "ranking", ...}."""
-    plan = Plan(_named(name, rows, budgets, seeds, data, sets or []), scale, data, sets or [], only or [])
+    named = _named(name, rows, budgets, seeds, data, sets or [])
+    plan = Plan(named, scale, data, sets or [], only or [], planning=dry_run)
     if dry_run:
         return plan.dry(console)
     if rows:
@@ -76,7 +78,7 @@ def _named(
         return study_of(rows, budgets or [], seeds or 1, data, parse_sets(sets).get("science", {}))
     if not name:
         raise UserError(f"name a study or give --rows METHOD,METHOD{nearest('', studies())}")
-    found = read_study(name)
+    found = study_named(name)
     if budgets:
         found.budgets = budgets
         if isinstance(found.seeds, dict) and seeds is None:
@@ -87,18 +89,32 @@ def _named(
 
 
 class Plan:
-    """A study with its rows resolved, and what the ledger has of it."""
+    """A study with its rows resolved, and what the ledger has of it.
 
-    def __init__(self, study: Study, scale: str | None, data: str | None, sets: list[str], only: list[str]) -> None:
+    planning: nothing will be run, so that data need not be here.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        scale: str | None,
+        data: str | None,
+        sets: list[str],
+        only: list[str],
+        planning: bool = False,
+    ) -> None:
         self.study, self.level = study, study.at(scale)
         self.rows = rows_of(study, scale, data, sets)
         for row in only:
             if row not in study.rows:
                 raise UserError(f"{study.name} has no row '{row}'{nearest(row, map(str, study.rows))}")
-        self.only = only
+        self.only, self.planning = only, planning
         self.trials = trial_cells(study, self.rows)
         self.name = _record_name(study, scale, self.rows)
         self.sets = DataSets()
+        if not planning:
+            for spec in {row.recipe.science.data.spec: None for row in self.rows if not only or row.name in only}:
+                self.sets.train(spec)
         self.factors: dict[str, float] = {}
         self.cells = final_cells(study, self.level, self.rows, {})
         self.look()
@@ -107,19 +123,31 @@ class Plan:
         """Take up what the ledger has: of the trials, then of the final runs at the lr that they chose."""
         records = ledger.read()
         for cell in self.trials:
-            cell.look(records, self.sets)
+            cell.look(records, self.sets, self.planning)
         if (factors := choose_factors(self.trials)) != self.factors:
             self.factors = factors
             self.cells = final_cells(self.study, self.level, self.rows, factors)
         for cell in self.cells:
             cell.tuning = tuning_cost(self.trials, cell.row)
-            cell.look(records, self.sets)
+            cell.look(records, self.sets, self.planning)
         for cell in [*self.trials, *self.cells]:
             if self.only and cell.row not in self.only and cell.status == "open":
                 cell.status = "left out"
 
     def run(self, jobs: int, console: Console) -> dict[str, Any]:
-        """All cells, then the table. RunFailed at the end where some failed."""
+        """All cells, then the table. StudyFailed at the end where some failed."""
+        self.execute(jobs, console)
+        answer = self.answer(console)
+        self.check(console, answer)
+        return answer
+
+    def execute(self, jobs: int, console: Console) -> None:
+        """Train and measure all that the ledger has not: the trials, then the final runs."""
+        if any(r.recipe.machine.devices * r.recipe.machine.nodes > 1 for r in self.rows):
+            raise UserError(
+                f"{self.study.name}: a study trains and measures its rows in one process; leave machine.devices and "
+                f"machine.nodes out"
+            )
         everything = [*self.trials, *self.cells]
         done = sum(c.status == "done" for c in everything)
         console.print(f"{self.name}: {len(everything)} runs, {done} of them in the ledger\n", markup=False)
@@ -134,14 +162,16 @@ class Plan:
         carry_out([c for c in self.cells if c.status == "open"], self.sets, console, jobs, self.keep,
                   [*self.trials, *self.cells])  # fmt: skip
         self.keep()
-        answer = self.answer(console)
-        if failed := [c for c in [*self.trials, *self.cells] if c.status == "failed"]:
+
+    def check(self, console: Console, answer: dict[str, Any]) -> None:
+        """StudyFailed where runs failed, each named with its reason."""
+        everything = [*self.trials, *self.cells]
+        if failed := [c for c in everything if c.status == "failed"]:
             for c in failed:
                 console.print(f"failed: {c.name()}: {c.reason}", markup=False)
             raise StudyFailed(
                 f"{len(failed)} of {len(everything)} runs failed; the same command tries them again", answer
             )
-        return answer
 
     def look_again(self, failed: list[Cell]) -> None:
         """As `look`, keeping what failed."""

@@ -11,6 +11,7 @@ from ..ledger import Record
 from ..report.tables import by_run_seed, cell_of, plain_name
 from .budget import parse_budget
 from .cells import UNTRAINED
+from .measure import DENSE
 from .rank import Numbers, Ranking, rank
 from .record import read_record, studies_folder
 from .spec import Study
@@ -100,8 +101,10 @@ def _numbers(row: str, records: list[Record], kept: dict[str, Any], record: dict
 
 
 def _words(metric: str) -> str:
-    """knn_mean -> k-NN, mean"""
+    """knn_mean -> k-NN, mean; coco_ocl -> bbox AP (coco_ocl)"""
     protocol = metric.partition("_")[0]
+    if protocol in DENSE:
+        return f"{DENSE[protocol].replace('_ap', ' AP').replace('miou', 'mIoU')} ({metric})"
     return plain_name(metric, f"{protocol}_top1")
 
 

@@ -18,13 +18,14 @@ from rich.console import Console
 
 from .. import ledger
 from ..errors import Interrupted, RunFailed, UserError, is_full
-from ..evaluate.run import evaluate
 from ..paths import home
 from ..provenance import cores
 from ..recipe import Recipe
 from ..train.guard import Signals
 from ..train.loop import pretrain
-from .cells import Cell, DataSets
+from . import measure
+from .cells import Cell
+from .measure import DataSets
 
 
 def carry_out(
@@ -77,7 +78,7 @@ def do(cell: Cell, console: Console) -> None:
             raise Interrupted(f"{Signals.unheeded} as {folder} ended; the same command goes on")
         run = str(folder)
     for m in cell.missing:
-        cell.found[m.name] = evaluate(m.recipe, run, m.data, cell.seed, console=console, tuning=cell.tuning)[0]
+        cell.found[m.name] = m.take(run, cell.seed, console, cell.tuning)
 
 
 def outcome(cell: Cell) -> str:
@@ -198,10 +199,7 @@ def as_json(cell: Cell) -> dict[str, Any]:
         "seed": cell.seed,
         "tuning": cell.tuning,
         "recipe": cell.recipe.model_dump(mode="json") if cell.recipe else None,
-        "measures": [
-            {"name": m.name, "recipe": m.recipe.model_dump(mode="json"), "data": m.data, "pool": m.pool, "side": m.side}
-            for m in cell.missing
-        ],
+        "measures": [m.as_json() for m in cell.missing],
     }
 
 
@@ -237,9 +235,7 @@ def _passing_on(processes: Callable[[], list[subprocess.Popen[bytes]]]) -> Itera
 
 
 def from_json(tree: dict[str, Any]) -> Cell:
-    from ..evaluate.run import EvalRecipe
-    from .cells import Measure
-
-    measures = [Measure(**{**m, "recipe": EvalRecipe.model_validate(m["recipe"])}) for m in tree["measures"]]
+    """What `as_json` gave."""
     recipe = None if tree["recipe"] is None else Recipe.model_validate(tree["recipe"])
+    measures = [measure.from_json(m) for m in tree["measures"]]
     return Cell("", "", tree["seed"], recipe, tree["run"], measures, tuning=tree["tuning"])

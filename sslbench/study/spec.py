@@ -12,7 +12,7 @@ from pydantic import Field
 from ..errors import UserError, nearest
 from ..ledger import Scale
 from ..method import get_method
-from ..recipe import Strict, digest, find_recipe, load_yaml, merge, name_of, recipe_files, validate
+from ..recipe import Strict, digest, find_recipe, merge, name_of, read_tree, recipe_files, validate
 from .budget import Budget, parse_budget
 
 Pool = Literal["cls", "mean", "mean_all"]
@@ -21,9 +21,9 @@ TRIAL_SEED = 10**6  # of tuning; final runs have smaller ones
 
 
 class Evaluation(Strict):
-    """What a trained row is measured by."""
+    """What a trained row is measured by: `sslbench eval PROTOCOL`, or `sslbench transfer PROTOCOL`."""
 
-    protocol: Literal["knn", "linprobe", "finetune"]
+    protocol: Literal["knn", "linprobe", "finetune", "robustness", "coco", "ade20k"]
     recipe: str | None = None  # None: the protocol's own
     pool: Pool | list[Pool] | None = None  # each of several is a number; None: the recipe's
     data: str | None = None  # None: the labels of the data that was trained on
@@ -42,6 +42,7 @@ class StudyRow(Strict):
     tiny: dict[str, Any] = {}
     cifar: dict[str, Any] = {}
     paper: dict[str, Any] = {}
+    evaluations: list[Evaluation] | None = None  # in place of the study's
 
 
 class Level(Strict):
@@ -50,6 +51,7 @@ class Level(Strict):
     recipe: str | None = None  # None: what `pretrain METHOD` takes for the arch and data in `science`
     science: dict[str, Any] = {}
     eval_data: str | None = None  # labelled; None: the data that was trained on
+    # None: at the paper's scale of a paper's table what measured it, else k-NN and a linear probe.
     evaluations: list[Evaluation] | None = None
 
 
@@ -106,14 +108,13 @@ class Study(Level):
 
     def hash(self) -> str:
         """12 hex digits of all that the file says."""
-        return digest(self.model_dump(mode="json"))
+        return digest(self.model_dump(mode="json", exclude_defaults=True))
 
 
 def read_study(name: str) -> Study:
     """A study by the name of a bundled one, or by its file's path."""
     path = find_recipe(name, "studies")
-    study = validate(Study, {**load_yaml(path), "name": path.stem}, path.stem)
-    return check(study)
+    return check(validate(Study, {**read_tree(path, "studies"), "name": path.stem}, path.stem))
 
 
 def check(study: Study) -> Study:

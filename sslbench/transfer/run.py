@@ -72,6 +72,24 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def scope_of(task: Any) -> Iterator[None]:
+    """Where mm libraries look names up for that module of a task: mmdet or mmseg; quietly."""
+    from mmengine.registry import DefaultScope
+
+    with quiet(), DefaultScope.overwrite_default_scope(task.SCOPE):
+        yield
+
+
+def fingerprint_of(recipe: TransferRecipe, data: str | None) -> str:
+    """Of what `transfer` would score. UserError where that, or a library, is not there."""
+    require()
+    task = importlib.import_module(f".{recipe.science.protocol}", __package__)
+    root = find_data(recipe.science.protocol, data)
+    with scope_of(task):
+        return task.open_data(root, recipe.science)[1].fingerprint
+
+
 class TransferJob:
     """One recipe on one encoder and one data set, for `fit`."""
 
@@ -121,13 +139,9 @@ class TransferJob:
             model.init_weights()
         return model
 
-    @contextlib.contextmanager
-    def scope(self) -> Iterator[None]:
+    def scope(self) -> contextlib.AbstractContextManager[None]:
         """Where mm libraries look names up: mmdet or mmseg; quietly."""
-        from mmengine.registry import DefaultScope
-
-        with quiet(), DefaultScope.overwrite_default_scope(self.task.SCOPE):
-            yield
+        return scope_of(self.task)
 
     def flops_per_image(self) -> None:
         """Not before the first iteration, which counts it: what the heads compute depends on what they find there."""
@@ -151,8 +165,13 @@ class TransferJob:
         return list(self.val.dataset.metainfo["classes"])
 
 
-def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console: Console) -> dict[str, Any]:
-    """The ledger record of the main number. A finished run folder gives the number that it has."""
+def transfer(
+    recipe: TransferRecipe, run: str | None, data: str | None, console: Console, tuning: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The ledger record of the main number. A finished run folder gives the number that it has.
+
+    tuning: what it took to choose the settings of RUN, for the numbers' cost.
+    """
     require()
     kind = recipe.science.protocol
     root = find_data(kind, data)
@@ -177,13 +196,13 @@ def transfer(recipe: TransferRecipe, run: str | None, data: str | None, console:
             records = [in_ledger(r, folder) for r in info["records"]]
         else:
             console.print(f"{done}; scoring {len(job.val)} validation images")
-            records = score(job, folder, info)
+            records = score(job, folder, info, tuning)
     for r in records:
         console.print(f"{r.metric:10} {r.value:6.2f} %  {r.dataset}, n={r.n}, {r.protocol.name}")
     return records[0].model_dump(mode="json")
 
 
-def score(job: TransferJob, folder: Path, info: dict[str, Any]) -> list[Record]:
+def score(job: TransferJob, folder: Path, info: dict[str, Any], tuning: dict[str, Any] | None = None) -> list[Record]:
     """Test the weights of `folder` on val, once, and append what was found; the main number comes first."""
     fabric = make_fabric(job.machine.model_copy(update={"devices": 1, "nodes": 1}))
     spent = Spent(fabric.device.type)
@@ -201,7 +220,8 @@ def score(job: TransferJob, folder: Path, info: dict[str, Any]) -> list[Record]:
     scale: Scale = "paper" if job.spec == job.kind and size >= 512 else "tiny"
     common = (job.val, job.spec, job.protocol, condition, job.seed, size, cost, info)
     records = [
-        to_ledger(facts, metric, value, *common, accuracy=False, scale=scale) for metric, value in values.items()
+        to_ledger(facts, metric, value, *common, accuracy=False, scale=scale, tuning=tuning)
+        for metric, value in values.items()
     ]
     write_json(folder / "run.json", {**info, "records": [r.model_dump(mode="json") for r in records]})
     with job.scope(), torch.inference_mode():

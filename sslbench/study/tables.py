@@ -1,0 +1,123 @@
+"""The papers' tables as studies: a row is what pre-trains for a printed row, measured as the paper measured it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserError, nearest
+from ..ledger import Record
+from ..method import get_method
+from ..pretrain import compose, drop_none
+from ..recipe import Recipe, recipe_files
+from ..report.printed import epochs_contradicted, evaluation_of, paper_tables, plugin_of, read_paper
+from .cells import rows_of
+from .spec import Evaluation, Level, Study, StudyRow, check, read_study, studies
+
+# Keys of a row's condition that say what its recipe or its evaluation has anyway. Another, such as `kappa=4` in a text,
+# is a setting that no recipe here is known to have, so that nothing measured is that number.
+DESCRIBES = {"aug", "iterations", "head", "linprobe_epochs", "finetune_epochs"}
+
+
+def study_named(name: str) -> Study:
+    """A study by its file's path or its bundled name; or a paper's table, whose rows are those that can be trained."""
+    if name.endswith((".yaml", ".yml")) or name in studies():
+        return read_study(name)
+    if name in paper_tables():
+        return table_study(name)
+    raise UserError(f"no study or paper's table '{name}'{nearest(name, [*studies(), *paper_tables()])}")
+
+
+def table_study(table: str) -> Study:
+    """The rows of a paper's table that no file of recipes/studies/ lays out, each by the recipe that is its own.
+
+    What `report --missing` lists, as one study. UserError where no row of it can be trained here.
+    """
+    rows: dict[str, StudyRow] = {}
+    measured: dict[str, dict[Any, Evaluation]] = {}
+    several = len({line["pretrain_data"] for _, line in read_paper(table).iterrows()}) > 1
+    for _, line in read_paper(table).iterrows():
+        run, by = pretraining_of(line), evaluation_of(line)
+        if not line["value"] or run is None or by is None:
+            continue
+        s = run.recipe.science
+        name = f"{run.recipe.method}_{s.arch}_{s.epochs:g}" + (f"_{s.data.spec}" if several else "")
+        rows.setdefault(name, StudyRow(method=run.recipe.method, recipe=run.own or None, science=run.science))
+        # On the data of pre-training where it is that, so that `--data` is said once.
+        labelled = None if by.data == s.data.spec else by.data
+        measured.setdefault(name, {})[by] = Evaluation(
+            protocol=by.kind,
+            recipe=by.recipe,
+            data=labelled,
+            set=[*by.sets],  # type: ignore[arg-type]
+        )
+    if not rows:
+        raise UserError(
+            f"{table} has no number that a method of this suite is trained for; see `sslbench report {table}`"
+        )
+    for name, row in rows.items():
+        row.evaluations = [*measured[name].values()]
+    question = f"What does {table.replace('_t', ', Table ')} print, trained and measured here?"
+    return check(Study(name=table, question=question, rows={**rows}, scales={"paper": Level()}))
+
+
+@functools.cache
+def paper_rows(table: str) -> dict[str, Recipe]:
+    """{row: its recipe at the paper's scale} of a table that a file of recipes/studies/ lays out; {} of another."""
+    if table not in studies() or "paper" not in (study := read_study(table)).scales:
+        return {}
+    return {row.name: row.recipe for row in rows_of(study, "paper", None, [])}
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """The pre-training that a printed number asks for."""
+
+    command: str
+    recipe: Recipe
+    ablation: bool = False  # whether it is a row of what `command` runs
+    own: str = ""  # the recipe that is for this table alone
+    science: Any = None  # what the row says
+
+    @functools.cached_property
+    def hash(self) -> str:
+        return self.recipe.hash()
+
+
+def pretraining_of(line: Any) -> Pretraining | None:
+    """None where the suite has no such method or arch, or no recipe that is known to have the row's condition."""
+    table = f"{line['paper']}_{line['table']}"
+    if rows := paper_rows(table):
+        found = rows.get(line["row"])
+        return Pretraining(f"sslbench ablate {table} --scale paper", found, True) if found else None
+    if {part.partition("=")[0] for part in line["condition"].split(";") if part} - DESCRIBES:
+        return None
+    epochs = "" if epochs_contradicted(line) else line["epochs"]
+    return _composed(table, plugin_of(line), line["arch"], line["pretrain_data"].replace("_", "-"), epochs)
+
+
+@functools.cache
+def _composed(table: str, method: str, arch: str, data: str, epochs: str) -> Pretraining | None:
+    own = f"{method}/{table}_{data}"  # a recipe for this table alone, where its settings are not the method's usual
+    own = own if own in recipe_files() else ""
+    science = {"arch": arch, "data": {"spec": data}, "epochs": float(epochs) if epochs else None}
+    try:
+        recipe = compose(method, recipe=own or None, science=science)
+    except UserError:
+        return None
+    chosen = f"--recipe {own}" if own else f"--arch {arch}"
+    command = f"sslbench pretrain {method} {chosen} --data {data}" + (f" --epochs {epochs}" if epochs else "")
+    return Pretraining(command, recipe, own=own, science=drop_none(science))
+
+
+def behind(line: Any, records: list[Record]) -> list[Record]:
+    """The records of a printed number: of the very recipe, whatever the seed, under its protocol, on its data."""
+    run, evaluation = pretraining_of(line), evaluation_of(line)
+    if not run or not evaluation:
+        return []
+    pool, side = get_method(run.recipe.method).pool, run.recipe.science.data.image_size or 0
+    protocols = evaluation.protocol_hashes(pool, side)
+    wanted = (run.hash, line["metric"], line["dataset"].replace("_", "-"))
+    its = [r for r in records if (r.pretrain.recipe_hash, r.metric, r.dataset.replace("_", "-")) == wanted]
+    return [r for r in its if r.protocol.hash in protocols]
