@@ -41,7 +41,7 @@ def carry_out(
     changed: called after each cell, when the ledger and the cell have its numbers.
     """
     todo = [c for c in cells if c.status != "done"]
-    clock = Clock(all_cells or cells)
+    clock = Clock(all_cells or cells, jobs)
     if jobs > 1:
         _several(todo, sets, console, jobs, changed, clock)
         return
@@ -89,31 +89,40 @@ def outcome(cell: Cell) -> str:
 
 
 class Clock:
-    """How far the whole is, and when it will be done: by the FLOPs that are left, at the rate of those that were."""
+    """How far the whole is, and when it will be done: by the FLOPs, or the time, of what is left, at the rate so far.
 
-    def __init__(self, cells: list[Cell]) -> None:
-        self.cells = cells
-        self.spent: dict[str, tuple[float, float]] = {}  # row -> (seconds, FLOPs)
+    jobs: how many cells run at once.
+    """
+
+    def __init__(self, cells: list[Cell], jobs: int = 1) -> None:
+        self.cells, self.jobs = cells, jobs
+        self.spent: dict[str, tuple[float, float]] = {}  # row -> (seconds, what its budgets came to)
 
     def place(self, cell: Cell) -> str:
         return f"{self.cells.index(cell) + 1}/{len(self.cells)}"
 
     def note(self, cell: Cell, seconds: float) -> None:
-        if cell.flops and cell.status == "done":
+        if (size := _size(cell)) and cell.status == "done":
             s, f = self.spent.get(cell.row, (0.0, 0.0))
-            self.spent[cell.row] = s + seconds, f + cell.flops
+            self.spent[cell.row] = s + seconds, f + size
 
     def left(self) -> str:
         """`1.2 h left, until 17:40`."""
         todo = [c for c in self.cells if c.status == "open"]
         if not todo:
-            return "the last"
+            return "the last" if not any(c.status == "running" for c in self.cells) else "the last ones run"
         rates = {row: s / f for row, (s, f) in self.spent.items()}
-        if not rates or any(c.flops is None for c in todo if c.recipe):
+        if not rates:
             return f"{len(todo)} left"
         usual = sum(rates.values()) / len(rates)
-        seconds = sum((c.flops or 0.0) * rates.get(c.row, usual) for c in todo)
+        seconds = sum(_size(c) * rates.get(c.row, usual) for c in todo) / self.jobs
         return f"{duration(seconds)} left, until {time.strftime('%H:%M', time.localtime(time.time() + seconds))}"
+
+
+def _size(cell: Cell) -> float:
+    """What its time is about in proportion to: FLOPs of training, or seconds; 0 of what only measures."""
+    timed = cell.recipe.science.device_minutes if cell.recipe else None
+    return 60 * timed if timed else cell.flops or 0.0
 
 
 def duration(seconds: float) -> str:
@@ -152,7 +161,7 @@ def _several(
                     continue
                 del running[slot]
                 _collect(cell, process.returncode, sets)
-                clock.note(cell, (time.perf_counter() - began) / jobs)
+                clock.note(cell, time.perf_counter() - began)
                 changed()
                 console.print(f"[{clock.place(cell)}] {cell.name()}: {outcome(cell)}; {clock.left()}", markup=False)
                 if cell.status == "failed" and "no room on the disk" in cell.reason:
