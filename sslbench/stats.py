@@ -33,6 +33,18 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
     return mean, half, p
 
 
+def block_error(values: np.ndarray) -> tuple[float, int]:
+    """(standard error of the difference of two rows' means, its degrees of freedom), from all rows alike.
+
+    values (rows, seeds): each row once with each seed, so that seeds are blocks of a randomised complete block design;
+    what is left behind the means of rows and of seeds is the noise of a run. Two rows: the paired t test's own.
+    """
+    rows, seeds = values.shape
+    rest = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    df = (rows - 1) * (seeds - 1)
+    return float(np.sqrt(2 * np.square(rest).sum() / df / seeds)), df
+
+
 def normal_difference(
     a: float, error_a: float | None, b: float, error_b: float | None
 ) -> tuple[float, float | None, float | None]:

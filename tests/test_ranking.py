@@ -48,16 +48,22 @@ def test_the_interval_counts_seeds_and_images_both():
 
 
 def test_rows_are_ranked_and_their_differences_tested_over_the_seeds():
-    r = rank("10epochs", "knn_mean", rows(40, 50, 41), "k-NN, mean")
+    r = rank("10epochs", "knn_mean", rows(40, 50, 40.2), "k-NN, mean")
     assert [s.row for s in r.rows] == ["b", "c", "a"] and r.rows[0].over == "seeds and images"
-    given_ = {n.row: [*n.by_seed.values()] for n in rows(40, 50, 41)}
-    ps = {(x, y): stats.ttest_rel(given_[x], given_[y]).pvalue for x, y in r.pairs}
+    given_ = {n.row: np.array([*n.by_seed.values()]) for n in rows(40, 50, 40.2)}
+    table = np.stack([*given_.values()])  # rows x seeds, with the error of the two-way table without interaction
+    design = np.concatenate([np.kron(np.eye(3), np.ones((3, 1))), np.kron(np.ones((3, 1)), np.eye(3))], axis=1)
+    left = table.ravel() - design @ np.linalg.lstsq(design, table.ravel(), rcond=None)[0]
+    error = (2 * (left @ left) / 4 / 3) ** 0.5
+    ps = {(x, y): 2 * stats.t.sf(abs(given_[x].mean() - given_[y].mean()) / error, 4) for x, y in r.pairs}
     assert {k: d.p for k, d in r.pairs.items()} == pytest.approx(holm(ps))
+    two = rank("10epochs", "knn_mean", rows(40, 50)).pairs["b", "a"]
+    assert two.p == pytest.approx(stats.ttest_rel(given_["b"], given_["a"]).pvalue) and "paired t" in two.test
     forth, back = r.between("b", "a"), r.between("a", "b")
     assert forth.value == -back.value > 8 and (forth.low, forth.high) == (-back.high, -back.low)
     assert forth.told_apart and not r.between("c", "a").told_apart
     assert r.sentence == (
-        "At 10epochs, by k-NN, mean, over 3 seeds, b is above c and a (p < 0.05 after Holm); not told apart: c and a."
+        "At 10epochs, by k-NN, mean, over 3 seeds, b is above c and a (p < 0.05 after Holm); not told apart: c from a."
     )
 
 

@@ -16,9 +16,10 @@ from .figures import GREY, STYLE, WIDTH, colour_of, name_points
 
 HOW = (
     "Each row spent the same budget. A number is top-1 accuracy in percent with its 95 % interval, over seeds and test "
-    "images where it is known which images were right; differences are of runs with the same seed, p is of the paired "
-    "t test over seeds (one seed: the exact McNemar test), after Holm over all pairs of a table. A pair is told apart "
-    "where p < .05 and the interval leaves 0 out."
+    "images where it is known which images were right. Differences are of runs with the same seed; p is of the t test "
+    "over seeds with the noise of a run taken from all rows (seeds as blocks; two rows: the paired t test; one seed: "
+    "the exact McNemar test), after Holm over all pairs of a table. A pair is told apart where p < .05 and the "
+    "interval leaves 0 out."
 )
 
 PAIRWISE = "Pairwise differences at {}, row - column; in brackets: not told apart"

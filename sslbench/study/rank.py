@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
+from scipy import stats
 
-from ..stats import crossed_interval, holm, mcnemar, mean_interval, paired_difference
+from ..stats import block_error, crossed_interval, holm, mcnemar, mean_interval, paired_difference
 from .spec import ENOUGH
 
 LEVEL = 0.05
@@ -88,7 +89,8 @@ class Ranking:
 def rank(budget: str, metric: str, rows: Sequence[Numbers], what: str = "") -> Ranking:
     """The rows from the best on, each pair tested, and what can be said. what: the metric in words."""
     ordered = sorted((r for r in rows if r.by_seed), key=lambda r: -np.mean([*r.by_seed.values()]))
-    pairs = {(a.row, b.row): _difference(a, b) for a, b in combinations(ordered, 2)}
+    error = _pooled(ordered)
+    pairs = {(a.row, b.row): _difference(a, b, error) for a, b in combinations(ordered, 2)}
     corrected = holm({k: d.p for k, d in pairs.items() if d.p is not None})
     for key, d in pairs.items():
         d.p = corrected.get(key, d.p)
@@ -109,7 +111,16 @@ def _standing(r: Numbers) -> Standing:
     return Standing(r.row, value, low, high, seeds, "seeds" if len(seeds) > 1 else "images", r.control)
 
 
-def _difference(a: Numbers, b: Numbers) -> Difference:
+def _pooled(rows: Sequence[Numbers]) -> tuple[float, int] | None:
+    """The error of a difference from all rows, which takes the same seeds of each; with few seeds, a pair's own
+    differences say too little of it."""
+    seeds = [sorted(r.by_seed) for r in rows]
+    if len(rows) < 3 or len(seeds[0]) < 2 or any(s != seeds[0] for s in seeds):
+        return None
+    return block_error(np.array([[r.by_seed[s] for s in seeds[0]] for r in rows]))
+
+
+def _difference(a: Numbers, b: Numbers, error: tuple[float, int] | None) -> Difference:
     seeds = sorted(a.by_seed.keys() & b.by_seed.keys())
     value = float(np.mean([a.by_seed[s] - b.by_seed[s] for s in seeds])) if seeds else float("nan")
     kept = bool(seeds) and all(s in side.right for s in seeds for side in (a, b))
@@ -117,7 +128,11 @@ def _difference(a: Numbers, b: Numbers) -> Difference:
     high: float | None = None
     p: float | None = None
     test = "no seed in common"
-    if len(seeds) > 1:
+    if error and error[0] > 0:
+        t = stats.t(error[1])
+        p, half = float(2 * t.sf(abs(value) / error[0])), float(t.ppf(0.975)) * error[0]
+        low, high, test = value - half, value + half, f"t in blocks of {len(seeds)} seeds, {error[1]} df"
+    elif len(seeds) > 1:
         _, half, p = paired_difference([a.by_seed[s] for s in seeds], [b.by_seed[s] for s in seeds])
         low, high, test = value - half, value + half, f"paired t, {len(seeds)} seeds"
     elif seeds and kept:
@@ -143,8 +158,12 @@ def _sentence(r: Ranking, what: str) -> str:
         below = [s.row for s in r.rows if (standing.row, s.row) in apart]
         if below:
             said.append(f"{standing.row} is above {_and(below)}")
-    open_pairs = [f"{a} and {b}" for a, b in r.pairs if (a, b) not in apart]
-    rest = f"; not told apart: {', '.join(open_pairs)}" if open_pairs else "; every pair can be told apart"
+    alike = [
+        f"{s.row} from {_and(others)}"
+        for s in r.rows
+        if (others := [o.row for o in r.rows if (s.row, o.row) in r.pairs.keys() - apart])
+    ]
+    rest = f"; not told apart: {', '.join(alike)}" if alike else "; every pair can be told apart"
     return f"{at}, over {fewest} seeds, {'; '.join(said)} (p < {LEVEL:g} after Holm){rest}."
 
 
