@@ -158,8 +158,14 @@ def _table(key: tuple[str, ...], group: list[Record], title: str) -> Table:
     names = _column_names(group)
     by_row: dict[Trained, list[Record]] = defaultdict(list)
     images = training_images(group)
+    lengths: dict[str | None, list[float]] = defaultdict(list)
     for r in group:
-        by_row[row_key(r), images[r.id]].append(r)
+        lengths[r.pretrain.recipe_hash].append(r.pretrain.epochs or 0.0)
+    for r in group:
+        key_of = row_key(r)
+        if r.pretrain.recipe_hash:  # a run for so long a time has as many epochs as it got to, each seed its own
+            key_of = (*key_of[:2], fmean(lengths[r.pretrain.recipe_hash]), *key_of[3:])
+        by_row[key_of, images[r.id]].append(r)
     rows = []
     for named, members in sorted(by_row.items(), key=lambda item: item[0]):
         row = Row(_row_label(named, by_row), named[0][1])
