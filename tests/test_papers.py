@@ -75,7 +75,7 @@ def test_what_a_paper_prints_twice_under_one_name_takes_two_lines(home, tmp_path
     head = "paper,table,row,method,arch,pretrain_data,epochs,condition,metric,dataset,value,unit,note\n"
     line = "x,t1,1,ocl,vit_b16,imagenet,800,,linprobe_top1,imagenet,{},%,\n"
     (tmp_path / "x_t1.csv").write_text(head + line.format(74.2) + line.format(74.3))
-    monkeypatch.setattr("sslbench.report.papers.bundled", lambda _: tmp_path)
+    monkeypatch.setattr("sslbench.report.printed.bundled", lambda _: tmp_path)
     table = reported_beside_measured("x_t1", records(at_paper_scale(74, epochs=800, method="ocl")))
     assert table.rows == [["ocl", "74.2 | 74.0 ± 0.2 (-0.2)"], ["ocl", "74.3 | 74.0 ± 0.2 (-0.3)"]]
     assert table.common == "vit_b16, pre-trained on imagenet, 800 epochs"
@@ -115,7 +115,7 @@ def test_measured_stands_beside_reported_for_the_rows_own_recipe_alone(home):
 def test_an_ablations_row_is_in_no_headline_cell_but_where_it_is_that_very_recipe(home):
     """Five values of kappa: 64 is the method's own."""
     under = {"method": "ocl", "arch": "vit_l16", "protocol": protocol("finetune_ocl_l", "mean")}
-    hashes = {i: recipe.hash() for i, recipe in paper_rows("ocl_t5").items()}
+    hashes = {int(i): recipe.hash() for i, recipe in paper_rows("ocl_t5").items()}
     runs = {i: pretrain(data="imagenet", epochs=800, recipe_hash=hash) for i, hash in hashes.items()}
     measured = records(*(at_paper_scale(80 + i, "finetune_top1", pretrain=run, **under) for i, run in runs.items()))
     own = "85.8 [4] | 84.0 ± 0.2 (-1.8, 800 ep)"
