@@ -6,11 +6,11 @@ from typing import Any
 
 from rich.console import Console
 
-from .data import known_size, open_split
 from .errors import UserError, nearest
 from .ledger import Record
 from .listing import show
-from .recipe import Batch, Recipe
+from .pretrain import length
+from .recipe import Recipe
 from .report.printed import paper_tables, read_paper
 from .study.cells import Row, rows_of
 from .study.command import Plan
@@ -71,10 +71,7 @@ def _number(r: Record) -> str:
 
 
 def _plan(recipe: Recipe) -> dict[str, Any]:
-    spec = recipe.science.data.spec
-    images = known_size(spec) or len(open_split(spec, "train"))
-    steps = round(images // Batch.of(recipe).total * recipe.science.epochs)
-    return {"batch": recipe.science.batch_size, "steps": steps, "hash": recipe.hash()}
+    return {"batch": recipe.science.batch_size, "steps": length(recipe)[2], "hash": recipe.hash()}
 
 
 def _reported(table: str) -> dict[str, dict[str, str]]:

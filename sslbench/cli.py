@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,6 +108,18 @@ def answer(as_json: bool, value: Any) -> None:
         print(json.dumps(value))
 
 
+@contextlib.contextmanager
+def answer_of_failed(as_json: bool) -> Iterator[None]:
+    """Where some runs of a study failed: what the others gave, before the error."""
+    from .study.command import StudyFailed
+
+    try:
+        yield
+    except StudyFailed as e:
+        answer(as_json, e.answer)
+        raise
+
+
 @app.command()
 def quickstart(
     minutes: Annotated[float, typer.Option(help="Wall time to spend, about; shared equally by the methods.")] = 5.0,
@@ -116,7 +130,9 @@ def quickstart(
     """Pre-train every method on built-in images, evaluate each, write a report. Minutes on a laptop CPU."""
     from .quickstart import quickstart as run
 
-    answer(as_json, run(minutes, seed, out, console(as_json)))
+    with answer_of_failed(as_json):
+        found = run(minutes, seed, out, console(as_json))
+    answer(as_json, found)
 
 
 Arch = Annotated[str | None, typer.Option("--arch", help="Such as vit_b16; `sslbench list archs`.")]
@@ -284,16 +300,12 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Compare methods at equal budgets: train, measure, rank. The same command goes on where it was stopped."""
-    from .study.command import StudyFailed
     from .study.command import study as run
 
     methods = [m.strip() for m in rows.split(",") if m.strip()] if rows else None
-    try:
+    with answer_of_failed(as_json):
         found = run(name, console(as_json), rows=methods, budgets=budget, seeds=seeds, only=only, scale=scale,
                     data=data, sets=sets, jobs=jobs, slurm=slurm, dry_run=dry_run)  # fmt: skip
-    except StudyFailed as e:
-        answer(as_json, e.answer)
-        raise
     answer(as_json, found)
 
 
@@ -309,13 +321,9 @@ def ablate(
 ) -> None:
     """Every row of a paper's ablation table: pre-train, evaluate, print beside what the paper reports."""
     from .ablate import ablate as run
-    from .study.command import StudyFailed
 
-    try:
+    with answer_of_failed(as_json):
         found = run(table, scale, seed, data, sets or [], dry_run, console(as_json))
-    except StudyFailed as e:
-        answer(as_json, e.answer)
-        raise
     answer(as_json, found)
 
 

@@ -36,8 +36,9 @@ def table_study(table: str) -> Study:
     """
     rows: dict[str, StudyRow] = {}
     measured: dict[str, dict[Any, Evaluation]] = {}
-    several = len({line["pretrain_data"] for _, line in read_paper(table).iterrows()}) > 1
-    for _, line in read_paper(table).iterrows():
+    lines = read_paper(table)
+    several = lines["pretrain_data"].nunique() > 1
+    for _, line in lines.iterrows():
         run, by = pretraining_of(line), evaluation_of(line)
         if not line["value"] or run is None or by is None:
             continue
