@@ -78,8 +78,8 @@ def notes(plan: Plan, seconds: float) -> list[str]:
     gains = {row: better_gain(its, untrained) for row, its in knn.items() if its and untrained}
     flat = [f"{row} ({gain:+.1f} points, noise {noise:.1f})" for row, (gain, noise) in gains.items() if gain < noise]
     if flat:
-        return [text, f"No clear k-NN gain over the untrained ViT: {', '.join(flat)}. `sslbench quickstart --minutes 60` "
-                f"gives each more time."]  # fmt: skip
+        more = "`sslbench quickstart --minutes 60` gives each more time."
+        return [text, f"No clear k-NN gain over the untrained ViT: {', '.join(flat)}. {more}"]
     if len(gains) < len(knn):  # a run failed: the study's part of the page says which
         return [text]
     return [text, "Every method ends above the untrained ViT of its shape by more than the noise over test images."]
