@@ -79,8 +79,8 @@ def measure_targets(reference: Path | None, seconds: float, console: Console) ->
         blank = {"target": target.name, "at_least": target.at_least, "on": target.on, "measured": None}
         if target.on not in here:
             rows += known or [blank | {"why": f"no {target.on} at hand"}]
-        elif not bf16_is_fast(device):  # an emulated product says nothing of bf16
-            rows += known or [blank | {"why": "this CPU has no bf16 matrix product"}]
+        elif not bf16_is_fast(device):  # a slow or emulated product says nothing of bf16
+            rows += known or [blank | {"why": "this CPU multiplies bf16 matrices no faster than float32"}]
         elif target.figure.startswith("times") and reference is None:
             rows += known or [blank | {"why": "no clone of MAE's code given (--reference)"}]
         else:
