@@ -63,7 +63,7 @@ def study_of_all(names: list[str], seconds: float, seed: int) -> Study:
     study.question = f"Does every method run here, and does it learn in {seconds:.0f} s?"
     study.rows = {name: study.rows.get(name, StudyRow()) for name in names}
     study.controls = [name for name in study.controls if name in names]
-    study.budgets, study.seeds, study.tune = [f"{seconds:.1f}s"], [seed], None
+    study.budgets, study.seeds, study.tune = [f"{round(seconds, 1):.10g}s"], [seed], None
     return study
 
 

@@ -6,6 +6,9 @@ import pytest
 
 from sslbench import ledger
 from sslbench.method import methods
+from sslbench.quickstart import notes, study_of_all
+from sslbench.study.cells import UNTRAINED
+from sslbench.study.command import Plan
 
 
 @pytest.mark.slow
@@ -32,3 +35,20 @@ def test_quickstart_measures_every_method_and_shows_learning(run_sslbench, tmp_p
     assert gain["mae"] > 4 and gain["ocl"] > 4 and sum(gain.values()) / len(methods()) > 3
     flat = page.partition("No clear k-NN gain over the untrained ViT: ")[2].partition(". ")[0]
     assert "mae" not in flat and "ocl" not in flat
+
+
+def test_a_method_that_failed_is_not_said_to_have_learned(home, few_images):
+    def number(value):
+        return ledger.Record.model_construct(id=f"{value:.1f}", value=value, stderr=1.0)
+
+    plan = Plan(study_of_all(["mae", "ocl"], 78.0, 0), None, None, [], [], planning=True)
+    assert {c.budget for c in plan.cells} == {"78s", ""}
+    for cell in plan.cells:
+        cell.found = {"knn_mean": number({UNTRAINED: 25.0, "mae": 40.0, "ocl": 35.0}[cell.row])}
+    assert "Every method ends above" in " ".join(notes(plan, 78))
+    plan.cells[0].found, plan.cells[0].status = {}, "failed"
+    assert "above" not in " ".join(notes(plan, 78))
+    plan.cells[1].found = {"knn_mean": number(26.0)}
+    assert "No clear k-NN gain over the untrained ViT: ocl (+1.0 points, noise 2.8)" in " ".join(notes(plan, 78)) or (
+        "No clear k-NN gain over the untrained ViT: mae (+1.0 points, noise 2.8)" in " ".join(notes(plan, 78))
+    )

@@ -8,9 +8,11 @@ import time
 
 import pytest
 import yaml
+from PIL import Image
 from transfer_data import ade20k_part, unpack
 
 from sslbench import ledger
+from sslbench.data import open_split
 
 # Rows of two small blocks on 16 pixels: a run of 10 steps takes half a second.
 STUDY = {
@@ -164,6 +166,42 @@ def test_a_study_measures_segmentation_once(invoke, study, few_images, shared, t
     refused = invoke("study", nowhere)
     assert refused.exit_code == 2 and "no ade20k data set" in refused.stderr
     assert invoke("study", nowhere, "--dry-run").exit_code == 0
+
+
+def test_rows_of_own_methods_on_own_images_need_no_file_and_write_the_one_that_repeats_them(invoke, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    for split, each in (("train", 40), ("val", 10)):
+        data = open_split("builtin", split)
+        for label in (0, 1):
+            folder = tmp_path / "photos" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in [i for i, y in enumerate(data.labels) if y == label][:each]:
+                Image.fromarray(data.images[i].permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    flags = ["--data", "folder:photos", "--set", "science.arch=vit_micro4", "--budget", "160images"]
+    done = invoke("study", "--rows", "mae,./mine.py:Mine", *flags, "--json")
+    assert done.exit_code == 0, done.output
+    found = answered(done)
+    assert [(c["row"], c["status"]) for c in found["cells"]] == [(r, "done") for r in ("mae", "Mine", "untrained")]
+    assert {r.dataset for r in numbers(tmp_path)} == {"folder:photos"}
+    # The paper's batch is never taken for 80 images: the batch fits them.
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/run.json")]
+    assert len(runs) == 2 and {r["science"]["batch_size"] for r in runs} == {8}
+    again = invoke("study", tmp_path / "results" / "studies" / f"{found['study']}.yaml", "--json")
+    assert again.exit_code == 0 and answered(again)["ranking"] == found["ranking"], again.output
+    assert len(list((tmp_path / "runs").glob("*/run.json"))) == 2
+
+
+OWN = """
+from sslbench.method import Method
+from sslbench.views import one_view
+class Mine(Method):
+    def build_views(self, images, generator):
+        return {"x": one_view(images, self.encoder.image[0], self.augment, generator, 0)}
+    def forward(self, views):
+        return {"x": self.encoder(views["x"])[:, 0]}
+    def loss(self, outputs):
+        return {"loss": outputs["x"].var(0).add(1e-4).log().neg().mean()}
+"""
 
 
 BROKEN = """
