@@ -53,6 +53,7 @@ ARCHS: dict[str, Arch] = {
     "vit_b4": Arch(4, 768, 12, 12, 32, "vit_base_patch16_224"),
     "vit_mini4": Arch(4, 192, 6, 3, 32, "vit_tiny_patch16_224"),  # half of vit_ti4, for minutes on two CPU cores
     "vit_micro4": Arch(4, 96, 3, 3, 24, "vit_tiny_patch16_224"),  # quickstart's: for a minute on one
+    "vit_micro8": Arch(8, 96, 3, 3, 64, "vit_tiny_patch16_224"),  # the same for 64 pixels
     "macrl12": Arch(4, 512, 12, 4, 32),  # MACRL section 4.1
     "macrl12_p8": Arch(8, 512, 12, 4, 64),  # the same on Tiny-ImageNet (section 4.2)
     "macrl4": Arch(16, 512, 4, 4, 224),  # MACRL section 4.2
