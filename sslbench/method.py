@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError, nearest
+from .files import digest
 from .paths import bundled
-from .recipe import Augment, Strict, digest
+from .strict import Strict
+from .views import Augment
 from .vit import VisionTransformer
 
 
@@ -107,6 +109,12 @@ def methods() -> dict[str, type[Method]]:
 def _installed() -> EntryPoints:
     """Read once: a look through all that is installed takes 10 ms, and a report asks thousands of times."""
     return entry_points(group="sslbench.methods")
+
+
+def name_of(method: str) -> str:
+    """`ocl` -> `ocl`, `path/to/file.py:Class` -> `file`."""
+    path, colon, _ = method.rpartition(":")
+    return Path(path).stem if colon else method
 
 
 def get_method(name: str) -> type[Method]:

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from tiny import METHODS, REFERENCE, generator, gradient_norm, images, make, reference_images, step
 
 from sslbench.masking import random_order, random_split, split_kept
-from sslbench.pretrain import compose
-from sslbench.recipe import Augment, Optim
+from sslbench.recipe import Augment, Optim, compose
 from sslbench.train.loop import pretrain
 from sslbench.train.optim import adamw
 from sslbench.vit import VisionTransformer

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
+from sslbench.data import data_name
 from sslbench.errors import UserError
-from sslbench.paths import bundled
-from sslbench.pretrain import compose
-from sslbench.recipe import Batch, choose, data_name, find_recipe, merge, parse_sets, read_tree, recipe_files, resolve
+from sslbench.paths import bundled, recipe_files
+from sslbench.recipe import Batch, choose, compose, find_recipe, merge, parse_sets, read_tree, resolve
 from sslbench.train.job import run_name
 
 
