@@ -83,6 +83,14 @@ class Method(nn.Module):
         """Whether, under this config, the loss compares the images of a batch: their number then is science."""
         return cls.couples_batch
 
+    @classmethod
+    def gathers_batch(cls, config: dict[str, Any]) -> bool:
+        """Whether such a loss compares the images of all devices, by `losses.gather`, and not each device's own.
+
+        The methods here call that switch `gather_negatives`; one with another switch, or none, says so here.
+        """
+        return bool(config.get("gather_negatives", False))
+
 
 def _load(path: Path) -> list[type[Method]]:
     name = f"sslbench_method_{path.stem}_{digest(str(path))}"

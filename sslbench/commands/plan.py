@@ -17,10 +17,11 @@ from rich.console import Console
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from .. import losses, provenance
+from .. import provenance
 from ..data import open_split
 from ..device import PEAK_TFLOPS, SHARE, bf16_is_fast, default_device, device_hours
 from ..errors import UserError, nearest
+from ..losses import recorded_gathers
 from ..method import Method
 from ..recipe import Batch, Recipe, length
 from ..train.build import flops_per_image
@@ -173,14 +174,10 @@ def bytes_sent(recipe: Recipe, batch: Batch) -> float:
     weights are sharded, the mean costs half of that, since each keeps its part; but each micro-batch gathers them, and
     those of `shard.units` for each call and again for its backward pass.
     """
-    losses.gathered = []
     called: list[tuple[nn.Module, bool]] = []  # and whether a backward pass comes back there
-    try:
-        with register_module_forward_hook(lambda m, _, out: called.append((m, getattr(out, "requires_grad", False)))):
-            flops_per_image(recipe)  # on shapes alone, of two images
-        found = losses.gathered
-    finally:
-        losses.gathered = None
+    note = register_module_forward_hook(lambda m, _, out: called.append((m, getattr(out, "requires_grad", False))))
+    with recorded_gathers() as gathered, note:
+        flops_per_image(recipe)  # on shapes alone, of two images
     method = next(m for m, _ in called if isinstance(m, Method))
     gradients: float = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     if shards(Job(recipe), batch):
@@ -189,7 +186,7 @@ def bytes_sent(recipe: Recipe, batch: Batch) -> float:
         parts = sum(size[m] * (2 if back else 1) for m, back in called if m in size and m is not method)
         gradients = (gradients + batch.accumulation * (whole + parts)) / 2
     images = batch.micro * batch.passes  # that one loss has of a device; BatchNorm gathers one row of statistics
-    mine = batch.accumulation * sum(n_bytes / 2 * images if rows == 2 else n_bytes for rows, n_bytes in found)
+    mine = batch.accumulation * sum(n_bytes / 2 * images if rows == 2 else n_bytes for rows, n_bytes in gathered)
     n = batch.world
     return 2 * (n - 1) / n * (gradients + n * mine) + (n - 1) * mine
 

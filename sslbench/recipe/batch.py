@@ -25,15 +25,15 @@ class Batch(BaseModel):
 
     @classmethod
     def of(cls, recipe: Recipe) -> Batch:
-        s, m = recipe.science, recipe.machine
+        """The batch of a pre-training. UserError where it does not divide, or a pass would be another loss."""
+        s, m, method = recipe.science, recipe.machine, get_method(recipe.method)
         world = m.devices * m.nodes
-        couples = get_method(recipe.method).compares_batch(s.method)
-        gathers = couples and s.method.get("gather_negatives", False)
         compared = s.contrastive_batch or s.batch_size
-        if not couples:
+        if not method.compares_batch(s.method):
             return cls._exact(
                 s.batch_size, m.micro_batch or s.batch_size // world, world, compared, "machine.micro_batch"
             )
+        gathers = method.gathers_batch(s.method)
         if gathers and compared % world:
             raise UserError(
                 f"{recipe.method} compares {compared} images over all devices, which {world} device(s) do not divide; "
@@ -43,7 +43,7 @@ class Batch(BaseModel):
         batch = cls._exact(s.batch_size, group, world, compared, "science.contrastive_batch")
         if m.micro_batch in (None, group):
             return batch
-        if not get_method(recipe.method).compared:
+        if not method.compared:
             raise UserError(
                 f"machine.micro_batch={m.micro_batch}: {recipe.method} compares the images of a batch, and the recipe "
                 f"says {compared} of them; it has no `embed` and `compare` for a gradient cache, and a smaller pass "
