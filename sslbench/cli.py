@@ -111,7 +111,7 @@ def answer(as_json: bool, value: Any) -> None:
 @contextlib.contextmanager
 def answer_of_failed(as_json: bool) -> Iterator[None]:
     """Where some runs of a study failed: what the others gave, before the error."""
-    from .study.command import StudyFailed
+    from .study.grid import StudyFailed
 
     try:
         yield
@@ -128,7 +128,7 @@ def quickstart(
     as_json: Json = False,
 ) -> None:
     """Pre-train every method on built-in images, evaluate each, write a report. Minutes on a laptop CPU."""
-    from .quickstart import quickstart as run
+    from .commands.quickstart import quickstart as run
 
     with answer_of_failed(as_json):
         found = run(minutes, seed, out, console(as_json))
@@ -172,7 +172,8 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Pre-train an encoder. The same command again resumes an unfinished run."""
-    from .pretrain import compose, dry, start
+    from .commands.pretrain import dry, start
+    from .recipe import compose
 
     resolved = compose(
         method,
@@ -209,8 +210,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What a pre-training will take: hours, memory, disk, from a short run of it."""
-    from .plan import plan as run
-    from .pretrain import compose
+    from .commands.plan import plan as run
+    from .recipe import compose
 
     resolved = compose(
         method,
@@ -300,7 +301,7 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Compare methods at equal budgets: train, measure, rank. The same command goes on where it was stopped."""
-    from .study.command import study as run
+    from .commands.study import study as run
 
     methods = [m.strip() for m in rows.split(",") if m.strip()] if rows else None
     with answer_of_failed(as_json):
@@ -320,7 +321,7 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """Every row of a paper's ablation table: pre-train, evaluate, print beside what the paper reports."""
-    from .ablate import ablate as run
+    from .commands.ablate import ablate as run
 
     with answer_of_failed(as_json):
         found = run(table, scale, seed, data, sets or [], dry_run, console(as_json))
@@ -380,8 +381,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Images a second, share of this machine's matmul peak, memory, data wait."""
-    from .bench import bench as run
-    from .speed import measure_targets
+    from .commands.bench import bench as run
+    from .commands.speed import measure_targets
 
     if targets:
         given = {"METHOD": methods, "--arch": arch, "--batch-size": batch_size, "--precision": precision, "--set": sets,
@@ -405,7 +406,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """A page of pictures: what the method does to images, what the encoder looks at, how alike its tokens are."""
-    from .inspect import inspect as look
+    from .commands.inspect import inspect as look
 
     answer(as_json, look(run, data, images, out, console(as_json)))
 
@@ -418,7 +419,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """The encoder as a file that others load."""
-    from .export import export as do
+    from .commands.export import export as do
 
     answer(as_json, do(run, format, out, console(as_json)))
 
@@ -429,7 +430,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """What there is."""
-    from .listing import listing
+    from .commands.listing import listing
 
     answer(as_json, {what: listing(what, console(as_json))})
 
@@ -437,7 +438,7 @@ def list_(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine has, what is missing, and what to do about it."""
-    from .doctor import doctor as run
+    from .commands.doctor import doctor as run
 
     answer(as_json, run(console(as_json)))
 
@@ -445,7 +446,7 @@ def doctor(as_json: Json = False) -> None:
 @data_app.command("check")
 def data_check(spec: str, as_json: Json = False) -> None:
     """Decode every image; say what was found and what cannot be read. Exit status 2 where a run would refuse it."""
-    from .listing import show_check
+    from .commands.listing import show_check
 
     found = show_check(spec, console(as_json))
     answer(as_json, found)
@@ -471,7 +472,7 @@ def data_list(
     spec: Annotated[str | None, typer.Argument(help="One set; all kinds if left out.")] = None, as_json: Json = False
 ) -> None:
     """The kinds of data SPEC, and what $SSLBENCH_DATA holds; or the splits of one set."""
-    from .listing import show_data, show_splits
+    from .commands.listing import show_data, show_splits
 
     talk = console(as_json)
     answer(as_json, {"data": show_splits(spec, talk) if spec else show_data(talk)})

@@ -14,8 +14,8 @@ from typing import Annotated, Any, BinaryIO, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import RunFailed, UserError, full
+from .files import digest
 from .paths import home
-from .recipe import digest
 
 Scale = Literal["tiny", "cifar", "paper"]
 METRICS = r"(knn|linprobe|finetune|knn_held_out)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -126,7 +126,18 @@ class _Gather(torch.autograd.Function):
         return grad[dist.get_rank() * size :][:size]
 
 
-gathered: list[tuple[int, int]] | None = None  # where a list: (rows, bytes) of each tensor to gather, for the plan
+_gathers: list[tuple[int, int]] | None = None  # a list while `recorded_gathers` takes note
+
+
+@contextlib.contextmanager
+def recorded_gathers() -> Iterator[list[tuple[int, int]]]:
+    """(rows, bytes) of each tensor that is given to `gather` meanwhile, whether there are other devices or not."""
+    global _gathers
+    _gathers = recorded = []
+    try:
+        yield recorded
+    finally:
+        _gathers = None
 
 
 def gather(x: Tensor) -> tuple[Tensor, int]:
@@ -135,8 +146,8 @@ def gather(x: Tensor) -> tuple[Tensor, int]:
     Differentiable: with the mean over devices that data parallelism takes of the gradients, a loss averaged over
     local rows against gathered columns has the gradient of the whole batch's loss. One process: `x, 0`.
     """
-    if gathered is not None:
-        gathered.append((len(x), x.nbytes))
+    if _gathers is not None:
+        _gathers.append((len(x), x.nbytes))
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x, 0
     return _Gather.apply(x), dist.get_rank() * x.shape[0]

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError, nearest
+from .files import digest
 from .paths import bundled
-from .recipe import Augment, Strict, digest
+from .strict import Strict
+from .views import Augment
 from .vit import VisionTransformer
 
 
@@ -81,6 +83,14 @@ class Method(nn.Module):
         """Whether, under this config, the loss compares the images of a batch: their number then is science."""
         return cls.couples_batch
 
+    @classmethod
+    def gathers_batch(cls, config: dict[str, Any]) -> bool:
+        """Whether such a loss compares the images of all devices, by `losses.gather`, and not each device's own.
+
+        The methods here call that switch `gather_negatives`; one with another switch, or none, says so here.
+        """
+        return bool(config.get("gather_negatives", False))
+
 
 def _load(path: Path) -> list[type[Method]]:
     name = f"sslbench_method_{path.stem}_{digest(str(path))}"
@@ -107,6 +117,12 @@ def methods() -> dict[str, type[Method]]:
 def _installed() -> EntryPoints:
     """Read once: a look through all that is installed takes 10 ms, and a report asks thousands of times."""
     return entry_points(group="sslbench.methods")
+
+
+def name_of(method: str) -> str:
+    """`ocl` -> `ocl`, `path/to/file.py:Class` -> `file`."""
+    path, colon, _ = method.rpartition(":")
+    return Path(path).stem if colon else method
 
 
 def get_method(name: str) -> type[Method]:

@@ -18,6 +18,12 @@ def bundled(name: str) -> Path:
     raise UserError(f"the installation is incomplete: no folder '{name}' beside {package}; reinstall sslbench")
 
 
+def recipe_files(kind: str = "pretrain") -> dict[str, Path]:
+    """Bundled recipes by name: `ocl/vit_l16_imagenet` in pretrain/, `knn` in eval/."""
+    root = bundled("recipes") / kind
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
+
+
 def home() -> Path:
     """The folder that `runs/` and `results/` are written to: `$SSLBENCH_HOME`, or the current folder."""
     return Path(os.environ.get("SSLBENCH_HOME") or ".").expanduser()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .train.device import release_freed_memory
+from .device import release_freed_memory
 
 
 def now() -> str:

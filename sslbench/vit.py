@@ -271,3 +271,9 @@ def initialise(root: nn.Module) -> None:
 
 def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def parameters_of(arch: str) -> int:
+    """How many parameters an encoder of that arch has."""
+    with torch.device("meta"):
+        return count_parameters(VisionTransformer(get_arch(arch)))

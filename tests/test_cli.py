@@ -13,15 +13,16 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from sslbench.ablate import ablations
 from sslbench.cli import app
+from sslbench.commands.ablate import ablations
 from sslbench.data import open_split
 from sslbench.evaluate.features import open_subject
 from sslbench.method import methods
 from sslbench.recipe import Batch
 from sslbench.study.cells import rows_of
 from sslbench.study.spec import read_study
-from sslbench.train.meter import Metrics, build, read_metrics
+from sslbench.train.build import build
+from sslbench.train.meter import Metrics, read_metrics
 
 METHODS = list(methods())
 SMOKE = ["--recipe", "ocl_smoke", "--set", "machine.tensorboard=false"]

@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sslbench import ledger
-from sslbench.pretrain import compose
+from sslbench.recipe import compose
 from sslbench.report.tables import tables
 from sslbench.train.clock import Clock
 from sslbench.train.loop import pretrain

@@ -19,14 +19,14 @@ from scipy.io import savemat
 from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import InterpolationMode
 
-from sslbench.data import known_size, open_both, open_split
+from sslbench.data import data_name, known_size, open_both, open_split
 from sslbench.data.check import check
 from sslbench.data.images import FolderImages, MemoryImages, PackedImages, subset
 from sslbench.data.loader import MicroBatches, decoded_crops, decoders, evaluation_batches, plain_crops
 from sslbench.errors import RunFailed, UserError
 from sslbench.evaluate.run import scale_of
 from sslbench.provenance import cores
-from sslbench.recipe import choose, data_name
+from sslbench.recipe import choose
 
 
 def batches(data, first=0, last=4, **over):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import METHODS
 
 from sslbench.errors import UserError
-from sslbench.pretrain import compose
+from sslbench.recipe import compose
 from sslbench.train.job import Job
 from sslbench.train.shard import shards
 from sslbench.train.state import save_checkpoint
@@ -25,7 +25,7 @@ TRAIN = """
 import json, multiprocessing, os, socket, sys
 from pathlib import Path
 from rich.console import Console
-from sslbench.pretrain import compose
+from sslbench.recipe import compose
 from sslbench.train.loop import pretrain
 from sslbench.vit import ARCHS, Arch
 
@@ -270,7 +270,7 @@ from sslbench.data import open_split
 from sslbench.data.loader import MicroBatches
 from sslbench.errors import RunFailed
 from sslbench.method import get_method
-from sslbench.pretrain import compose
+from sslbench.recipe import compose
 from sslbench.train import loop
 from sslbench.train.run import newest
 

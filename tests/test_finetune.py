@@ -34,7 +34,8 @@ from sslbench.evaluate.finetune import (
     resized,
 )
 from sslbench.evaluate.run import eval_recipe, evaluate
-from sslbench.recipe import Augment, read_tree, recipe_files
+from sslbench.paths import recipe_files
+from sslbench.recipe import Augment, read_tree
 from sslbench.train.diagnose import CollapseMeters
 from sslbench.train.optim import layer_groups
 from sslbench.views import cut_out

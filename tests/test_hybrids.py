@@ -10,8 +10,8 @@ from tiny import METHODS, REFERENCE, generator, gradient_norm, gradients, images
 from torch.nn import functional as F
 
 from sslbench.masking import blockwise_order
-from sslbench.pretrain import compose
-from sslbench.train.meter import build, flops_per_image
+from sslbench.recipe import compose
+from sslbench.train.build import build, flops_per_image
 from sslbench.views import TwoViews
 
 

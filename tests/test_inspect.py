@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from sslbench import attention
 from sslbench.cli import app
+from sslbench.commands.inspect import trained_method
 from sslbench.data import open_split
 from sslbench.data.loader import evaluation_sample
 from sslbench.evaluate.features import open_subject
-from sslbench.inspect import trained_method
 from sslbench.method import Method, methods
-from sslbench.pretrain import compose
+from sslbench.recipe import compose
 from sslbench.train.loop import pretrain
 from sslbench.train.state import newest_checkpoint
 from sslbench.views import normalise

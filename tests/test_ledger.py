@@ -8,9 +8,9 @@ from test_report import fields
 
 from sslbench import ledger
 from sslbench.errors import UserError
+from sslbench.files import digest
 from sslbench.ledger import Record, ledger_folder
 from sslbench.paths import bundled
-from sslbench.recipe import digest
 
 
 @pytest.fixture

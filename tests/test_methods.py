@@ -14,9 +14,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny import METHODS, REFERENCE, generator, gradient_norm, images, make, reference_images, step
 
+from sslbench.losses import recorded_gathers
 from sslbench.masking import random_order, random_split, split_kept
-from sslbench.pretrain import compose
-from sslbench.recipe import Augment, Optim
+from sslbench.recipe import Augment, Optim, compose
 from sslbench.train.loop import pretrain
 from sslbench.train.optim import adamw
 from sslbench.vit import VisionTransformer
@@ -76,6 +76,19 @@ def test_after_step_moves_nothing_that_is_trained(name):
     assert changed == {k for k in before if k.startswith(("momentum_", "bank.")) and k in changed}
     frozen = {k for k, p in method.named_parameters() if not p.requires_grad and k.startswith("momentum_")}
     assert {k for k in frozen if not k.endswith("pos_embed") and "patch_embed" not in k} <= changed
+
+
+@every_method
+def test_what_a_loss_gathers_is_what_the_method_says(name):
+    """What `Batch.of` divides by: features of every image leave a device where, and only where, the class says so."""
+    switches = ({"gather_negatives": on} for on in (True, False))
+    for switch in switches if "gather_negatives" in METHODS[name].Config.model_fields else ({},):
+        method = make(name, **switch)
+        with recorded_gathers() as gathered:
+            step(method, n=8)
+        config = method.config.model_dump()
+        says = method.compares_batch(config) and method.gathers_batch(config)
+        assert any(rows == 8 for rows, _ in gathered) == says, switch
 
 
 @every_method

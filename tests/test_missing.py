@@ -19,17 +19,17 @@ from sslbench import ledger, provenance
 from sslbench.data import open_split
 from sslbench.evaluate import features, finetune, probe
 from sslbench.evaluate import run as evaluation
+from sslbench.files import hashes
 from sslbench.method import get_method, methods
 from sslbench.recipe import dump
 from sslbench.report.missing import missing
 from sslbench.report.papers import measured_for
-from sslbench.report.printed import paper_tables, plugin_of, protocol_of, read_paper
 from sslbench.report.tables import newest
 from sslbench.study import measure
+from sslbench.study.printed import paper_tables, plugin_of, protocol_of, read_paper
 from sslbench.study.tables import behind, pretraining_of
 from sslbench.train import loop
 from sslbench.train.job import save_weights
-from sslbench.train.state import hashes
 from sslbench.transfer import run as transfer
 from sslbench.vit import VisionTransformer, get_arch
 

@@ -6,10 +6,10 @@ import pytest
 from tiny import METHODS
 
 from sslbench.evaluate.run import eval_recipe
-from sslbench.pretrain import compose
-from sslbench.recipe import read_tree, recipe_files, resolve
-from sslbench.report.printed import paper_tables, protocol_of, read_paper
-from sslbench.train.meter import flops_per_image
+from sslbench.paths import recipe_files
+from sslbench.recipe import compose, read_tree, resolve
+from sslbench.study.printed import paper_tables, protocol_of, read_paper
+from sslbench.train.build import flops_per_image
 from sslbench.vit import get_arch
 
 MACRL = ["macrl12_cifar10", "macrl12_cifar100", "macrl12_p8_tiny-imagenet", "macrl4_imagenette", "macrl4_imagewoof"]

@@ -10,14 +10,15 @@ from test_report import ALL_TABLES, METHODS, fields, pretrain, records
 
 from sslbench.data import known_size
 from sslbench.evaluate.run import eval_recipe, scale_of
-from sslbench.pretrain import compose
-from sslbench.recipe import digest, recipe_files
+from sslbench.files import digest
+from sslbench.paths import recipe_files
+from sslbench.recipe import compose
 from sslbench.report.missing import missing
 from sslbench.report.page import report, write_page
 from sslbench.report.papers import deviations, disagreements, reported_beside_measured
-from sslbench.report.printed import PAPERS, protocol_of, read_paper
 from sslbench.study.cells import rows_of
 from sslbench.study.measure import measures_of
+from sslbench.study.printed import PAPERS, protocol_of, read_paper
 from sslbench.study.spec import read_study
 from sslbench.study.tables import paper_rows
 from sslbench.transfer.protocol import transfer_recipe
@@ -75,7 +76,7 @@ def test_what_a_paper_prints_twice_under_one_name_takes_two_lines(home, tmp_path
     head = "paper,table,row,method,arch,pretrain_data,epochs,condition,metric,dataset,value,unit,note\n"
     line = "x,t1,1,ocl,vit_b16,imagenet,800,,linprobe_top1,imagenet,{},%,\n"
     (tmp_path / "x_t1.csv").write_text(head + line.format(74.2) + line.format(74.3))
-    monkeypatch.setattr("sslbench.report.printed.bundled", lambda _: tmp_path)
+    monkeypatch.setattr("sslbench.study.printed.bundled", lambda _: tmp_path)
     table = reported_beside_measured("x_t1", records(at_paper_scale(74, epochs=800, method="ocl")))
     assert table.rows == [["ocl", "74.2 | 74.0 ± 0.2 (-0.2)"], ["ocl", "74.3 | 74.0 ± 0.2 (-0.3)"]]
     assert table.common == "vit_b16, pre-trained on imagenet, 800 epochs"

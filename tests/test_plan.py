@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from sslbench.plan import PEAK_TFLOPS, SHARE, bytes_sent
-from sslbench.pretrain import compose
-from sslbench.recipe import Batch
-from sslbench.train.meter import build
+from sslbench.commands.plan import bytes_sent
+from sslbench.device import PEAK_TFLOPS, SHARE
+from sslbench.recipe import Batch, compose
+from sslbench.train.build import build
 
 RUN = ["mae", "--data", "builtin", "--recipe", "mae_smoke", "--epochs", "1"]
 

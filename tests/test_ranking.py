@@ -115,8 +115,8 @@ def test_a_budget_that_is_none_is_refused(text):
 
 
 def test_equal_flops_are_equal_within_a_step():
-    from sslbench.pretrain import compose, length
-    from sslbench.train.meter import flops_per_image
+    from sslbench.recipe import compose, length
+    from sslbench.train.build import flops_per_image
 
     budget = parse_budget("30TFLOP")
     for method in ("mae", "ocl", "mocov3"):

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
+from sslbench.data import data_name
 from sslbench.errors import UserError
-from sslbench.paths import bundled
-from sslbench.pretrain import compose
-from sslbench.recipe import Batch, choose, data_name, find_recipe, merge, parse_sets, read_tree, recipe_files, resolve
+from sslbench.paths import bundled, recipe_files
+from sslbench.recipe import Batch, choose, compose, find_recipe, merge, parse_sets, read_tree, resolve
 from sslbench.train.job import run_name
 
 
@@ -92,6 +92,36 @@ def test_the_batch_equation_divides_or_refuses():
         batch("macrl", "science.method.memory_bank=false", "machine.micro_batch=8")
     with pytest.raises(UserError, match="does not divide"):
         batch("mae", "machine.micro_batch=100")
+
+
+def test_a_method_may_gather_under_a_switch_of_its_own(tmp_path):
+    """Two devices: of 256 images that are compared each has 128 where they are gathered, else all 256."""
+    path = tmp_path / "crowd.py"
+    path.write_text(CROWD)
+
+    def micro(**config):
+        science = {"method": {"name": f"{path}:Crowd", **config}, "batch_size": 512, "contrastive_batch": 256}
+        return Batch.of(resolve({"science": science, "machine": {"devices": 2}}, "crowd")).micro
+
+    assert micro(everybody=True) == 128
+    assert micro() == 256
+
+
+CROWD = """
+from sslbench.method import Method, MethodConfig
+
+class CrowdConfig(MethodConfig):
+    everybody: bool = False
+    gather_negatives: bool = True  # of something else
+
+class Crowd(Method):
+    Config = CrowdConfig
+    couples_batch = True
+
+    @classmethod
+    def gathers_batch(cls, config):
+        return config["everybody"]
+"""
 
 
 def test_paper_recipes_say_what_the_papers_say():

@@ -20,8 +20,8 @@ from sslbench.errors import RunFailed, UserError
 from sslbench.report import figures
 from sslbench.report.page import report, write_page
 from sslbench.report.paper_figures import curves, paper_figures
-from sslbench.report.printed import paper_tables
 from sslbench.report.tables import summary, tables
+from sslbench.study.printed import paper_tables
 
 METHODS = ["asl", "ccmim", "macrl", "mae", "mocov3", "ocl"]
 PROTOCOLS = {name: name.split("_")[0] + "_top1" for name in ("knn_cls", "knn_mean", "linprobe_cls", "linprobe_mean")}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sslbench import provenance
 from sslbench.data import open_split
 from sslbench.errors import UserError
-from sslbench.pretrain import compose
+from sslbench.recipe import compose
 from sslbench.train import loop
 from sslbench.train.job import Job
 from sslbench.train.launch import alone

@@ -9,10 +9,10 @@ from tiny import METHODS, images
 
 from sslbench.data import open_split
 from sslbench.evaluate.run import eval_recipe
-from sslbench.pretrain import compose, length
-from sslbench.recipe import Batch, merge, read_tree, recipe_files, resolve
-from sslbench.settings import WARMUP_SHARE, settings_for
-from sslbench.train.meter import build
+from sslbench.paths import recipe_files
+from sslbench.recipe import Batch, compose, length, merge, read_tree, resolve
+from sslbench.recipe.settings import WARMUP_SHARE, settings_for
+from sslbench.train.build import build
 
 
 def last_json(done):

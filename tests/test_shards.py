@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 from test_data import batches
 
-from sslbench.data import open_split, subset
+from sslbench.data import data_name, open_split, subset
 from sslbench.data.check import check
 from sslbench.errors import UserError
-from sslbench.recipe import data_name
 
 
 def shard(path, images, labels, extra=()):

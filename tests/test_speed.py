@@ -14,10 +14,10 @@ from tiny import METHODS, TINY, make, step
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-from sslbench import speed
-from sslbench.bench import matmul_peak
-from sslbench.pretrain import compose
+from sslbench.commands import speed
+from sslbench.commands.bench import matmul_peak
 from sslbench.provenance import EnergyMeter
+from sslbench.recipe import compose
 from sslbench.train.loop import pretrain
 from sslbench.vit import ARCHS
 

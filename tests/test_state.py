@@ -10,10 +10,11 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from sslbench.errors import UserError
+from sslbench.files import sha256_file
 from sslbench.recipe import Optim
 from sslbench.train.guard import FiniteGuard
 from sslbench.train.optim import adamw, learning_rate, parameter_groups
-from sslbench.train.state import load_checkpoint, newest_checkpoint, save_checkpoint, sha256_file
+from sslbench.train.state import load_checkpoint, newest_checkpoint, save_checkpoint
 
 
 def test_a_checkpoint_comes_back_and_only_the_newest_two_stay(tmp_path):

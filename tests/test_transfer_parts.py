@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslbench.errors import UserError
-from sslbench.recipe import digest, recipe_files
+from sslbench.files import digest
+from sslbench.paths import recipe_files
 from sslbench.transfer.protocol import Encoder, TransferMachine, transfer_recipe
 from sslbench.transfer.run import require
 from sslbench.vit import Arch, VisionTransformer, initialise, resample_positions

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import Interrupted, UserError
-from ..recipe import data_name
-from ..train.guard import Signals
-from ..train.state import write_json
+from ..files import write_json
+from ..signals import Signals
 from .images import ImageSet, MemoryImages
+from .names import data_name
 from .sources import open_split
 
 CHUNK = 256  # images between looks at signals

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import RunFailed
+from ..files import write_atomically
 from ..paths import home
 from ..provenance import cores
-from ..train.state import write_atomically
 
 Facts = list[int]
 # What opencv, with which mmdet and mmseg read, decodes too.

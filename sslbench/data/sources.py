@@ -23,6 +23,7 @@ from ..paths import data_root
 from .hub import open_hub
 from .images import EXTENSIONS, HIDDEN, FolderImages, ImageSet, JoinedImages, MemoryImages, PackedImages, is_image
 from .layouts import published, tiny_imagenet
+from .names import data_name
 from .shards import open_shards
 
 KINDS = ("builtin", "npz", "folder", "imagenet", "coco", "ade20k", "wds", "hfds", "packed")
@@ -204,8 +205,6 @@ def _npz(path: Path, split: str) -> MemoryImages:
         raise UserError(
             f"{file}: `labels` must be integers from 0 on, found {labels.dtype}, such as {min(labels.tolist())}"
         )
-    from ..recipe import data_name
-
     return MemoryImages(
         data_name(f"npz:{path}"),
         split,

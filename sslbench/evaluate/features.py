@@ -22,11 +22,11 @@ from ..data import ImageSet
 from ..data.images import MemoryImages
 from ..data.loader import evaluation_batches, has_smaller, seed_of
 from ..errors import UserError
+from ..files import check_weights, digest, not_finite, tensors_sha256, write_atomically
 from ..paths import home
 from ..provenance import cores
-from ..recipe import Augment, digest, load_yaml
+from ..recipe import Augment, load_yaml
 from ..train.run import milestone, read_run, read_science
-from ..train.state import check_weights, not_finite, tensors_sha256, write_atomically
 from ..views import VIEW, normalise
 from ..vit import VisionTransformer, get_arch, initialise, pool_tokens
 from . import public

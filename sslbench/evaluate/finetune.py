@@ -26,10 +26,11 @@ from ..data import ImageSet
 from ..data.loader import evaluation_batches, host_seed
 from ..draws import numbered, rand, seed_of
 from ..errors import UserError
+from ..files import write_weights
 from ..method import Method
-from ..recipe import Augment, Batch, Epochs, Optim, Strict
+from ..recipe import Augment, Batch, Epochs, Optim
+from ..strict import Strict
 from ..train.optim import adamw, layer_groups
-from ..train.state import write_weights
 from ..views import cut_out, normalise, one_view
 from ..vit import VisionTransformer, get_arch, pool_tokens, resample_positions
 from .features import Subject, read_safetensors

@@ -10,8 +10,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from ..data import ImageSet
-from ..recipe import Batch, data_name, digest
+from ..data import ImageSet, data_name
+from ..files import digest
+from ..recipe import Batch
 from ..train.job import Job
 from .features import Subject, view_of
 

@@ -19,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..data import ImageSet, subset
 from ..data.loader import evaluation_batches, seed_of
 from ..errors import UserError
+from ..files import write_weights
 from ..method import Method
-from ..recipe import Augment, Batch, Epochs, Optim, Strict
+from ..recipe import Augment, Batch, Epochs, Optim
 from ..siamese import BatchNorm
+from ..strict import Strict
 from ..train.optim import Lars
-from ..train.state import write_weights
 from ..views import normalise, one_view
 from ..vit import VisionTransformer, pool_tokens
 from .features import Subject, read_safetensors

@@ -11,36 +11,26 @@ from pydantic import Field
 from rich.console import Console
 
 from .. import provenance
-from ..data import ImageSet, open_both, open_split, open_test, used_classes
+from ..data import ImageSet, data_name, open_both, open_split, open_test, unpacked_name, used_classes
 from ..data.loader import held_out
+from ..device import default_device
 from ..errors import UserError
+from ..files import check_weights, digest, hashes, write_json
+from ..knn import knn_right
 from ..ledger import Record, Scale, accuracy_stderr, append, checked
 from ..paths import home
 from ..provenance import Spent
-from ..recipe import (
-    Machine,
-    Strict,
-    data_name,
-    digest,
-    find_recipe,
-    merge,
-    parse_sets,
-    read_tree,
-    unpacked_name,
-    validate,
-)
+from ..recipe import Machine, find_recipe, merge, parse_sets, read_tree
+from ..recipe.settings import shorten_warmup
 from ..right import keep
-from ..settings import shorten_warmup
 from ..stats import mean_interval
-from ..train.device import default_device
+from ..strict import Strict, validate
 from ..train.launch import alone, launched, leave_to_first
 from ..train.loop import fit
 from ..train.run import read_run
-from ..train.state import check_weights, hashes, write_json
 from .features import Subject, contents, extract, find_weights, fine_tuned, newest_run, open_subject, view_of
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
 from .job import LabelledJob, protocol_hash
-from .knn import knn_right
 from .linprobe import linear_right
 from .probe import AugmentedProbe, ProbeJob, Rate
 

@@ -7,15 +7,15 @@ from typing import Any
 from rich.console import Console
 
 from ..data import known_size
+from ..device import SHARE, device_hours
+from ..files import digest
 from ..ledger import Record
-from ..plan import SHARE, device_hours
-from ..pretrain import length
-from ..recipe import Recipe, digest
+from ..recipe import Recipe, length
+from ..study.printed import epochs_contradicted, evaluation_of, paper_tables, read_paper
 from ..study.tables import Pretraining, pretraining_of
+from ..train.build import flops_per_image
 from ..train.job import run_name
-from ..train.meter import flops_per_image
 from .papers import contradiction, measured_for
-from .printed import epochs_contradicted, evaluation_of, paper_tables, read_paper
 from .tables import newest
 
 YARDSTICK = "A100"

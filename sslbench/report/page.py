@@ -14,22 +14,15 @@ from rich.console import Console
 
 from .. import ledger
 from ..errors import UserError, nearest
+from ..files import write_atomically
 from ..ledger import Cost, Record
 from ..paths import home
-from ..study.results import Result, results
-from ..train.state import write_atomically
+from ..study.printed import PAPERS, paper_tables
 from . import figures, studies
 from .equal import EQUAL, alone, equal
 from .paper_figures import PaperFigure, curves, paper_figures
-from .papers import (
-    Deviation,
-    Disagreement,
-    PaperTable,
-    deviations,
-    disagreements,
-    reported_beside_measured,
-)
-from .printed import PAPERS, paper_tables
+from .papers import Deviation, Disagreement, PaperTable, deviations, disagreements, reported_beside_measured
+from .results import Result, results
 from .tables import MAIN_METRICS, Cell, Table, summary, tables
 from .terminal import show
 from .text import (

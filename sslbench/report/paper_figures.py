@@ -18,12 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from ..listing import parameters
 from ..paths import home
+from ..study.printed import read_paper
 from ..study.tables import paper_rows
-from ..vit import ARCHS
+from ..train.meter import read_metrics
+from ..vit import ARCHS, parameters_of
 from .figures import GREY, STYLE, WIDTH, colour_of, label_of, log_costs, name_points
-from .printed import read_paper
 from .tables import Cell, Row, Table
 
 PANEL = 1.9  # inches, the height of a panel
@@ -283,7 +283,7 @@ def _devices(table: Table) -> list[str]:
 
 def _area(arch: str) -> float:
     """Of a bubble, by the root of the parameters: ViT-L has 300 times those of the smallest."""
-    return 0.024 * (parameters(arch) if arch in ARCHS else 1e6) ** 0.5
+    return 0.024 * (parameters_of(arch) if arch in ARCHS else 1e6) ** 0.5
 
 
 def _folders(row: Row) -> list[Path]:
@@ -294,8 +294,6 @@ def _folders(row: Row) -> list[Path]:
 
 def _lines(row: Row, what: str) -> Lines:
     """That value of each run's metrics.jsonl, at most POINTS of them."""
-    from ..train.meter import read_metrics
-
     out = []
     for path in (folder / "metrics.jsonl" for folder in _folders(row)):
         steps = read_metrics(path)

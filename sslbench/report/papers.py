@@ -11,8 +11,8 @@ import pandas as pd
 
 from ..ledger import Record
 from ..method import methods
+from ..study.printed import paper_tables, read_paper
 from ..study.tables import behind
-from .printed import paper_tables, read_paper
 from .tables import cell_of, newest
 
 # What may tell rows apart; and how the table says it once where it does not.

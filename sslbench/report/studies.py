@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from ..study.budget import parse_budget
 from ..study.rank import Ranking
-from ..study.results import Result
 from .figures import GREY, STYLE, WIDTH, colour_of, name_points
+from .results import Result
 
 HOW = (
     "Each row spent the same budget. A number is top-1 accuracy in percent with its 95 % interval, over seeds and test "

@@ -7,12 +7,12 @@ import io
 import re
 from dataclasses import dataclass, field
 
-from ..study.results import Result
+from ..study.printed import PAPERS
 from . import studies
 from .equal import EQUAL, alone, as_rows, equal
 from .paper_figures import PaperFigure
 from .papers import Deviation, Disagreement, PaperTable
-from .printed import PAPERS
+from .results import Result
 from .tables import Cell, Row, Table, summary
 
 NOTHING = "Nothing is measured yet. `sslbench quickstart` measures in minutes; `sslbench eval knn` adds a number."

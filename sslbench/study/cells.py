@@ -13,13 +13,12 @@ from ..evaluate.features import open_subject
 from ..evaluate.finetune import Finetune, FinetuneJob
 from ..evaluate.run import EvalRecipe, eval_recipe
 from ..ledger import Record
-from ..pretrain import compose, length
-from ..recipe import Batch, Recipe, merge
-from ..report.printed import evaluations_printed
+from ..recipe import Batch, Recipe, compose, length, merge
+from ..train.build import flops_per_image
 from ..train.job import run_name
-from ..train.meter import flops_per_image
 from .budget import Budget, parse_budget, within
 from .measure import SELECT, DataSets, Measure, measure, measures_of
+from .printed import evaluations_printed
 from .spec import TRIAL_SEED, Evaluation, Level, Pool, Study
 
 UNTRAINED, SCRATCH = "untrained", "from scratch"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -10,10 +10,8 @@ from ..paths import home
 from ..recipe import Machine
 from ..train.slurm import Queued, agree_with, options_of, send
 from .cells import Cell
+from .grid import Grid
 from .run import as_json, do, from_json
-
-if TYPE_CHECKING:
-    from .command import Plan
 
 
 class CellTask(Queued):
@@ -28,22 +26,20 @@ class CellTask(Queued):
         return cell.run
 
 
-def submit(plan: Plan, options: str, console: Console) -> dict[str, Any]:
+def submit(grid: Grid, options: str, console: Console) -> dict[str, Any]:
     """Submit what is not in the ledger: the trials first, and, when these are done, by the same command the rest."""
-    waiting = [c for c in plan.trials if c.status != "done"]
-    cells = waiting or [c for c in plan.cells if c.status != "done"]
-    if not cells:
-        return plan.run(1, console)
+    cells = grid.waiting()
     given = options_of(options)
     for cell in cells:
         if cell.recipe:
             agree_with(given, cell.recipe.machine)
     machine = next((c.recipe.machine for c in cells if c.recipe), Machine())
-    folder = home() / "runs" / "slurm" / plan.name
-    ids = send([CellTask(c) for c in cells], folder, plan.name, machine, given)
+    folder = home() / "runs" / "slurm" / grid.name
+    ids = send([CellTask(c) for c in cells], folder, grid.name, machine, given)
     for cell in cells:
         cell.status = "submitted"
-    plan.keep()
-    rest = "; these choose each row's lr, so give the same command again when they are done" if waiting else ""
+    grid.keep()
+    are_trials = cells[0].factor is not None
+    rest = "; these choose each row's lr, so give the same command again when they are done" if are_trials else ""
     console.print(f"submitted {len(ids)} runs as job {ids[0].partition('_')[0]}, logs in {folder}{rest}", markup=False)
-    return {"study": plan.name, "cells": plan.listed(), "ranking": [], "jobs": ids}
+    return {"study": grid.name, "cells": grid.listed(), "ranking": [], "jobs": ids}

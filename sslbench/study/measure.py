@@ -14,6 +14,7 @@ from ..ledger import Record, checked
 from ..method import get_method
 from ..recipe import Recipe
 from ..transfer.protocol import TransferRecipe, transfer_recipe
+from ..transfer.run import fingerprint_of, transfer
 from .budget import Budget, parse_budget
 from .spec import Evaluation
 
@@ -43,8 +44,6 @@ class DataSets:
         """The fingerprint of what `transfer` scores."""
         key = recipe.science.protocol, data
         if key not in self.known:
-            from ..transfer.run import fingerprint_of
-
             self.known[key] = fingerprint_of(recipe, data)
         return self.known[key]
 
@@ -85,8 +84,6 @@ class Measure:
     def take(self, run: str, seed: int, console: Console, tuning: dict[str, Any] | None) -> Record:
         """Measure it, on the run of that folder or name. The record is in the ledger."""
         if isinstance(self.recipe, TransferRecipe):
-            from ..transfer.run import transfer
-
             recipe = self.recipe.model_copy(deep=True)
             recipe.science.seed = seed
             return checked(transfer(recipe, run, self.data, console, tuning))

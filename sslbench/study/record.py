@@ -8,9 +8,9 @@ from typing import Any
 
 from .. import provenance
 from ..errors import UserError
+from ..files import write_json
+from ..method import name_of
 from ..paths import home
-from ..recipe import name_of
-from ..train.state import write_json
 from .cells import UNTRAINED, Cell, Row
 from .spec import Study
 

@@ -21,7 +21,7 @@ from ..errors import Interrupted, RunFailed, UserError, is_full
 from ..paths import home
 from ..provenance import cores
 from ..recipe import Recipe
-from ..train.guard import Signals
+from ..signals import Signals
 from ..train.loop import pretrain
 from . import measure
 from .cells import Cell

@@ -10,9 +10,12 @@ import yaml
 from pydantic import Field
 
 from ..errors import UserError, nearest
+from ..files import digest, write_atomically
 from ..ledger import Scale
-from ..method import get_method
-from ..recipe import Strict, digest, find_recipe, merge, name_of, read_tree, recipe_files, validate
+from ..method import get_method, name_of
+from ..paths import recipe_files
+from ..recipe import find_recipe, merge, read_tree
+from ..strict import Strict, validate
 from .budget import Budget, parse_budget
 
 Pool = Literal["cls", "mean", "mean_all"]
@@ -166,8 +169,6 @@ def study_of(
 
 def write_study(study: Study, path: Path) -> None:
     """The file that repeats it."""
-    from ..train.state import write_atomically
-
     tree = study.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
     head = f"# sslbench study {path}\n"
     write_atomically(path, (head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)).encode())

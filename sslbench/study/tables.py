@@ -9,10 +9,10 @@ from typing import Any
 from ..errors import UserError, nearest
 from ..ledger import Record
 from ..method import get_method
-from ..pretrain import compose, drop_none
-from ..recipe import Recipe, recipe_files
-from ..report.printed import epochs_contradicted, evaluation_of, paper_tables, plugin_of, read_paper
+from ..paths import recipe_files
+from ..recipe import Recipe, compose, drop_none
 from .cells import rows_of
+from .printed import epochs_contradicted, evaluation_of, paper_tables, plugin_of, read_paper
 from .spec import Evaluation, Level, Study, StudyRow, check, read_study, studies
 
 # Keys of a row's condition that say what its recipe or its evaluation has anyway. Another, such as `kappa=4` in a text,

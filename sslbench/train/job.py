@@ -11,12 +11,12 @@ import torch
 from PIL.Image import Image
 from pydantic import BaseModel
 
-from ..data import ImageSet, open_split
-from ..method import Method
-from ..recipe import Batch, Recipe, data_name
-from .meter import build, flops_per_image
+from ..data import ImageSet, data_name, open_split
+from ..files import write_weights
+from ..method import Method, get_method
+from ..recipe import Batch, Recipe
+from .build import build, flops_per_image
 from .optim import adamw
-from .state import write_weights
 
 
 class Job:
@@ -107,8 +107,6 @@ def save_weights(path: Path, method: Method, recipe: Recipe) -> None:
 
 def preset_label(recipe: Recipe) -> str:
     """The preset's name, and what the recipe sets otherwise: `paper`, `paper+kappa=16`."""
-    from ..method import get_method
-
     cls = get_method(recipe.method)
     preset = cls.Config(**cls.presets[recipe.preset]).model_dump(mode="json")
     changed = [f"{k}={recipe.science.method[k]}" for k, v in preset.items() if recipe.science.method[k] != v]

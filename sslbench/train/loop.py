@@ -19,45 +19,23 @@ from torch import Tensor, nn
 
 from .. import provenance
 from ..data.loader import MicroBatches, seed_of
+from ..device import bf16_is_fast, default_device, keep_freed_memory
 from ..draws import Draws
 from ..errors import Interrupted, RunFailed, UserError, full, is_full, lost_loader
-from ..method import Method
 from ..recipe import Batch, Machine, Recipe
+from ..signals import Signals
 from .cache import average_gradients, cached_backward
 from .clock import Clock
-from .device import bf16_is_fast, default_device, keep_freed_memory
 from .diagnose import CollapseMeters, term_gradients
-from .guard import FiniteGuard, Signals
+from .guard import FiniteGuard
 from .job import Job
 from .launch import agree, environment, meet
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
 from .run import Run, check_same, hold, newest, read_run
 from .shard import load_optimizer, sharding, shards, unsharded
+from .step import TrainStep
 from .watch import Watch
-
-
-class TrainStep(nn.Module):
-    """uint8 images -> losses, as one module, so that precision and data parallelism wrap all of it."""
-
-    def __init__(self, method: Method) -> None:
-        super().__init__()
-        self.method = method
-
-    def forward(
-        self, batch: Any, generator: torch.Generator, look: Callable[[dict[str, Tensor]], None] | None = None
-    ) -> dict[str, Tensor]:
-        """batch: images, or (images, labels) for what learns from labels.
-
-        `look` is shown the losses with their graph; what goes out of here may only be given to fabric.backward.
-        """
-        with torch.no_grad():
-            images, *labels = batch if isinstance(batch, tuple) else (batch,)
-            views = self.method.build_views(images, generator, *labels)
-        losses = self.method.loss(self.method(views))
-        if look:
-            look(losses)
-        return losses
 
 
 def resolve_precision(machine: Machine, device: str) -> str:

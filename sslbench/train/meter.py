@@ -12,38 +12,8 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import UserError
-from ..method import Method, get_method
-from ..recipe import Recipe
-from ..vit import VisionTransformer, get_arch
-from .state import write_atomically
-
-
-def build(recipe: Recipe) -> Method:
-    """The method with its encoder, weights drawn from torch's global generator."""
-    science = recipe.science
-    cls = get_method(recipe.method)
-    config = cls.Config(**{k: v for k, v in science.method.items() if k not in ("name", "preset")})
-    encoder = VisionTransformer(get_arch(science.arch), science.data.image_size)
-    try:
-        return cls(config, encoder, science.augment)
-    except ValueError as e:
-        raise UserError(f"recipe {recipe.name}: science.method: {e}") from None
-
-
-def flops_per_image(recipe: Recipe) -> float:
-    """Multiply-adds x 2 of one image's training step, forward and backward, counted on shapes: it computes nothing."""
-    with torch.device("meta"):
-        method = build(recipe)
-    n, side = 2, recipe.science.data.image_size or 0
-    images = torch.zeros(n, 3, side, side, dtype=torch.uint8)
-    views = method.build_views(images, torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter:
-        loss = method.loss(method({k: v.to("meta") for k, v in views.items()}))["loss"]
-        loss.backward()
-    return counter.get_total_flops() / n
+from ..files import write_atomically
 
 
 class Running:

@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy
@@ -18,21 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from .. import provenance
 from ..data.loader import MicroBatches
 from ..errors import RunFailed, UserError
+from ..files import hashes, write_atomically, write_json
 from ..recipe import dump, load_yaml
 from .job import Job
 from .shard import whole_moments, whole_weights
-from .state import (
-    checkpoint_path,
-    hashes,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    write_atomically,
-    write_json,
-)
-
-if TYPE_CHECKING:
-    from .loop import TrainStep
+from .state import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint
+from .step import TrainStep
 
 
 class Run:

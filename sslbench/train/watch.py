@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.images import ImageSet, subset
 from ..data.loader import evaluation_sample, held_out
-from ..evaluate.knn import knn_top1
+from ..knn import knn_top1
 from ..method import Method
 from ..views import normalise
 from ..vit import pool_tokens

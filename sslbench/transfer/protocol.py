@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ..errors import UserError
-from ..recipe import Machine, Strict, digest, find_recipe, merge, parse_sets, read_tree, validate
+from ..files import digest
+from ..recipe import Machine, find_recipe, merge, parse_sets, read_tree
+from ..strict import Strict, validate
 
 
 class Encoder(Strict):

@@ -21,14 +21,14 @@ from ..data.loader import seed_of
 from ..errors import UserError
 from ..evaluate.features import Subject, newest_run, open_subject, read_safetensors
 from ..evaluate.run import in_ledger, same_images, to_ledger
+from ..files import check_weights, digest, hashes, write_json, write_weights
 from ..ledger import Record, Scale
 from ..paths import data_root, home
 from ..provenance import Spent
-from ..recipe import Batch, digest
+from ..recipe import Batch
 from ..train.launch import alone
 from ..train.loop import fit, make_fabric
 from ..train.run import read_run
-from ..train.state import check_weights, hashes, write_json, write_weights
 from .protocol import TransferRecipe
 
 EXTRA = "pip install 'sslbench[transfer]', or in a clone pip install -e '.[transfer]'"

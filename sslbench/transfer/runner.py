@@ -25,12 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from .. import provenance
 from ..data.loader import decoders, epoch_order, host_seed, seed_of
 from ..errors import Interrupted, RunFailed, UserError
+from ..files import hashes
 from ..recipe import Batch
-from ..train.guard import Signals
+from ..signals import Signals
 from ..train.meter import Metrics, Running, Stopwatch, note, progress_bar
 from ..train.optim import layer_groups
 from ..train.run import Run, newest
-from ..train.state import hashes, save_checkpoint
+from ..train.state import save_checkpoint
 from .backbone import Decomposed, Table
 from .protocol import Optim
 

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from . import ledger, right
-from .errors import UserError
-from .ledger import Record
-from .method import methods
-from .paths import home
-from .provenance import cores
-from .report.page import write_page
-from .study.cells import UNTRAINED
-from .study.command import Plan
-from .study.results import result
-from .study.spec import Study, StudyRow, read_study
+from .. import ledger, right
+from ..errors import UserError
+from ..ledger import Record
+from ..method import methods
+from ..paths import home
+from ..provenance import cores
+from ..report.page import write_page
+from ..report.results import result
+from ..study.cells import UNTRAINED
+from ..study.grid import Grid
+from ..study.spec import Study, StudyRow, read_study
 
 TRAINING = 0.78  # of the time; the rest is for starting, evaluations and the page
 
@@ -42,17 +42,17 @@ def quickstart(minutes: float, seed: int, out: Path | None, console: Console) ->
         f"about {minutes:g} minutes\n"
     )
     study = study_of_all(names, seconds, seed)
-    plan = Plan(study, None, None, [], [])
-    plan.execute(jobs, console)
-    ids = {r.id for c in plan.cells for r in c.found.values()}
+    grid = Grid(study, None, None, [], [])
+    grid.execute(jobs, console)
+    ids = {r.id for c in grid.cells for r in c.found.values()}
     records = {r.id: r for r in ledger.read() if r.id in ids}
-    shown = result(plan.keep(), records)
+    shown = result(grid.keep(), records)
     folder = out or home() / "results" / "report"
-    written = write_page([*records.values()], folder, notes=notes(plan, seconds), shown=[shown])
+    written = write_page([*records.values()], folder, notes=notes(grid, seconds), shown=[shown])
     wall = time.perf_counter() - began
     console.print(f"\n{wall:.0f} s in all. The report: {written['report']}")
     answer = {**written, "wall_s": wall}
-    plan.check(console, answer)
+    grid.check(console, answer)
     return answer
 
 
@@ -67,13 +67,13 @@ def study_of_all(names: list[str], seconds: float, seed: int) -> Study:
     return study
 
 
-def notes(plan: Plan, seconds: float) -> list[str]:
+def notes(grid: Grid, seconds: float) -> list[str]:
     """What a reader must know: how little time this was, and who has not gained from it."""
     text = (
         f"Each method trained for {seconds:.0f} s on this machine. Papers train thousands of times longer: read this "
         "page as a check that everything runs and learns, not as a ranking."
     )
-    knn = {c.row: {n: r for n, r in c.found.items() if n.startswith("knn")} for c in plan.cells}
+    knn = {c.row: {n: r for n, r in c.found.items() if n.startswith("knn")} for c in grid.cells}
     untrained = knn.pop(UNTRAINED, {})
     gains = {row: better_gain(its, untrained) for row, its in knn.items() if its and untrained}
     flat = [f"{row} ({gain:+.1f} points, noise {noise:.1f})" for row, (gain, noise) in gains.items() if gain < noise]

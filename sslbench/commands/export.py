@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from .errors import UserError
-from .evaluate.features import open_subject
-from .report.tables import UNTRAINED
-from .train.state import write_weights
+from ..errors import UserError
+from ..evaluate.features import open_subject
+from ..files import write_weights
+from ..report.tables import UNTRAINED
 
 
 def export(run: str, format: str, out: Path | None, console: Console) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .errors import UserError, nearest
-from .paths import data_root, home
+from ..errors import UserError, nearest
+from ..paths import data_root, home, recipe_files
 
 
 def listing(what: str, console: Console) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def show(rows: list[dict[str, Any]], console: Console, title: str | None = None)
 
 
 def _methods() -> list[dict[str, Any]]:
-    from .method import methods
+    from ..method import methods
 
     return [
         {"method": name, "presets": ", ".join(c.presets), "what": (_module_doc(c)).split("\n")[0]}
@@ -53,8 +53,6 @@ def _module_doc(cls: type) -> str:
 
 
 def _recipes() -> list[dict[str, Any]]:
-    from .recipe import recipe_files
-
     rows = []
     for kind in ("pretrain", "eval", "transfer", "studies"):
         for name, path in recipe_files(kind).items():
@@ -64,27 +62,17 @@ def _recipes() -> list[dict[str, Any]]:
 
 
 def _archs() -> list[dict[str, Any]]:
-    from .vit import ARCHS
+    from ..vit import ARCHS, parameters_of
 
     return [
         {"arch": name, "blocks": a.depth, "dim": a.dim, "heads": a.heads, "patch": a.patch, "image": a.image,
-         "parameters": parameters(name)}
+         "parameters": parameters_of(name)}
         for name, a in ARCHS.items()
     ]  # fmt: skip
 
 
-def parameters(arch: str) -> int:
-    """Of the encoder."""
-    import torch
-
-    from .vit import VisionTransformer, count_parameters, get_arch
-
-    with torch.device("meta"):
-        return count_parameters(VisionTransformer(get_arch(arch)))
-
-
 def _tables() -> list[dict[str, Any]]:
-    from .report.printed import paper_tables, read_paper
+    from ..study.printed import paper_tables, read_paper
 
     rows = []
     for name in paper_tables():
@@ -98,7 +86,7 @@ def _tables() -> list[dict[str, Any]]:
 
 
 def _runs() -> list[dict[str, Any]]:
-    from .train.run import read_run
+    from ..train.run import read_run
 
     rows = []
     for path in sorted((home() / "runs").glob("*/run.json")):
@@ -112,7 +100,7 @@ def _runs() -> list[dict[str, Any]]:
 
 
 def show_check(spec: str, console: Console) -> dict[str, Any]:
-    from .data.check import check
+    from ..data.check import check
 
     found = check(spec)
     for split, f in found["splits"].items():
@@ -134,7 +122,7 @@ def show_check(spec: str, console: Console) -> dict[str, Any]:
 
 
 def show_splits(spec: str, console: Console) -> list[dict[str, Any]]:
-    from .data import open_split
+    from ..data import open_split
 
     rows = []
     for split in ("train", "val"):

@@ -9,6 +9,13 @@ import time
 
 import torch
 
+# Dense peaks in TFLOP/s of bf16 (V100, T4: fp16), from the vendors' data sheets.
+PEAK_TFLOPS = {
+    "T4": 65, "V100": 125, "A10": 125, "RTX4090": 165, "L40S": 362, "A100": 312, "H100": 989, "H200": 989,
+}  # fmt: skip
+# Of that peak, for machines that are not here: what OCL's 532 A100 hours for its ViT-L (section 1) come to.
+SHARE = 0.36
+
 
 def default_device() -> torch.device:
     """A GPU where there is one."""
@@ -24,8 +31,8 @@ def bf16_is_fast(device: str) -> bool:
 
 @functools.cache
 def _bf16_gains() -> bool:
-    """By measuring, since a unit for it is not enough: AVX-512 BF16 is twice float32's rate on AMD's Zen 4, half of it on
-    Intel's cores since Sapphire Rapids (83 and 157 GFLOP/s on one core of an Emerald Rapids whose AMX was masked)."""
+    """By measuring, since a unit for it is not enough: AVX-512 BF16 is twice float32's rate on AMD's Zen 4, and half of
+    it on Intel's cores since Sapphire Rapids (83 and 157 GFLOP/s on one core of an Emerald Rapids, its AMX masked)."""
     fastest = {}
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
@@ -63,3 +70,8 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_top_pad, 64 << 20)
         libc.mallopt(m_arena_max, 1)
+
+
+def device_hours(flops: float, device: str) -> float:
+    """Of one such device, at the assumed share of its peak: not measured."""
+    return flops / (PEAK_TFLOPS[device] * 1e12 * SHARE) / 3600

@@ -10,10 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .data import MemoryImages, known_size, open_split
-from .errors import UserError
-from .recipe import choose, data_name, name_of, read_tree, recipe_files, unpacked_name
-from .vit import ARCHS, get_arch
+from ..data import MemoryImages, data_name, known_size, open_split, unpacked_name
+from ..errors import UserError
+from ..method import name_of
+from ..paths import recipe_files
+from ..vit import ARCHS, get_arch
+from .read import choose, read_tree
 
 SMALL, MIDDLE = 48, 128  # pixels of an image's short side: below, CIFAR's size; from there on, photographs
 STEPS = 16  # an epoch, at least

@@ -8,13 +8,13 @@ from typing import Any
 
 from .. import ledger, right
 from ..ledger import Record
-from ..report.tables import by_run_seed, cell_of, plain_name
-from .budget import parse_budget
-from .cells import UNTRAINED
-from .measure import DENSE
-from .rank import Numbers, Ranking, rank
-from .record import read_record, studies_folder
-from .spec import Study
+from ..study.budget import parse_budget
+from ..study.cells import UNTRAINED
+from ..study.measure import DENSE
+from ..study.rank import Numbers, Ranking, rank
+from ..study.record import read_record, studies_folder
+from ..study.spec import Study
+from .tables import by_run_seed, cell_of, plain_name
 
 
 @dataclass

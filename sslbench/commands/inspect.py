@@ -18,22 +18,23 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import last_block_attention, relevance, token_similarity
-from .data import ImageSet, open_split
-from .data.loader import evaluation_sample, seed_of
-from .errors import UserError
-from .evaluate.features import Subject, load_exactly, newest_run, open_subject
-from .method import Method
-from .paths import home
-from .recipe import data_name, load_yaml, resolve
-from .report.figures import STYLE, picture
-from .report.page import CSS
-from .train.device import default_device
-from .train.meter import build
-from .train.run import read_run
-from .train.state import newest_checkpoint, write_atomically
-from .views import normalise
-from .vit import pool_tokens
+from ..attention import last_block_attention, relevance, token_similarity
+from ..data import ImageSet, data_name, open_split
+from ..data.loader import evaluation_sample, seed_of
+from ..device import default_device
+from ..errors import UserError
+from ..evaluate.features import Subject, load_exactly, newest_run, open_subject
+from ..files import write_atomically
+from ..method import Method
+from ..paths import home
+from ..recipe import load_yaml, resolve
+from ..report.figures import STYLE, picture
+from ..report.page import CSS
+from ..train.build import build
+from ..train.run import read_run
+from ..train.state import newest_checkpoint
+from ..views import normalise
+from ..vit import pool_tokens
 
 SAMPLE = 256  # images that the token similarity and the mean feature are taken over
 CHUNK = 4  # images whose relevance is in memory at once: some 2 GiB of it for ViT-B

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import provenance
-from .data import MemoryImages, open_split
-from .data.loader import MicroBatches
-from .errors import UserError
+from .. import provenance
+from ..data import MemoryImages, open_split
+from ..data.loader import MicroBatches
+from ..device import default_device
+from ..errors import UserError
+from ..method import methods
+from ..recipe import Recipe, compose
+from ..train.build import build, flops_per_image
+from ..train.loop import make_fabric
+from ..train.optim import adamw
+from ..train.step import TrainStep
+from ..vit import get_arch
 from .listing import show
-from .method import methods
-from .pretrain import compose
-from .recipe import Recipe
-from .train.device import default_device
-from .train.loop import TrainStep, make_fabric
-from .train.meter import build, flops_per_image
-from .train.optim import adamw
-from .vit import get_arch
 
 
 def bench(

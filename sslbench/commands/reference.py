@@ -1,4 +1,4 @@
-"""MAE's published code (github.com/facebookresearch/mae), timed on its own: `python -m sslbench.reference --help`.
+"""MAE's published code (github.com/facebookresearch/mae), timed alone: `python -m sslbench.commands.reference --help`.
 
 For `sslbench bench --against`. Its model and its step (loss read by the host, backward pass, norm of the gradient,
 AdamW without options), at the shape and batch of our recipe, on images that are ready. Two names that its code uses are
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .train.meter import build
-from .train.optim import adamw
+from ..train.build import build
+from ..train.optim import adamw
+from .bench import recipe_of
 
 
 def model_of(clone: Path, recipe: Any) -> nn.Module:
@@ -75,9 +76,7 @@ def images_per_s(model: nn.Module, recipe: Any, seconds: float) -> float:
 
 
 def main() -> None:
-    from .bench import recipe_of
-
-    parser = argparse.ArgumentParser(prog="python -m sslbench.reference", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sslbench.commands.reference", description=__doc__)
     parser.add_argument("clone", type=Path, help="a clone of github.com/facebookresearch/mae")
     parser.add_argument("arch")
     parser.add_argument("--batch-size", type=int, required=True)

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from . import provenance
+from .. import provenance
+from ..device import bf16_is_fast, bf16_unit, default_device
+from ..errors import UserError
+from ..files import write_atomically, write_json
+from ..paths import home
 from .bench import beside, measure, recipe_of
-from .errors import UserError
-from .paths import home
-from .train.device import bf16_is_fast, bf16_unit, default_device
-from .train.state import write_atomically, write_json
 
 # The code as it runs beside today's timm, whose attention is one fused kernel; the control spells attention out, as the
 # timm that the code was written for did. That one does not import beside today's torch.
@@ -129,7 +129,7 @@ def _measured(target: Target, rates: _Rates, reference: Path | None) -> dict[str
     else:
         row = rates.of(target, target.method)
         command = (
-            f"env TIMM_FUSED_ATTN={int('spelt' not in target.figure)} {sys.executable} -m sslbench.reference "
+            f"env TIMM_FUSED_ATTN={int('spelt' not in target.figure)} {sys.executable} -m sslbench.commands.reference "
             f"{reference} {target.arch} --batch-size {target.batch} --seconds {rates.seconds}"
         )
         row |= beside(row, rates.recipe(target, target.method), rates.seconds, command)

@@ -6,15 +6,14 @@ from typing import Any
 
 from rich.console import Console
 
-from .errors import UserError, nearest
-from .ledger import Record
+from ..errors import UserError, nearest
+from ..ledger import Record
+from ..recipe import Recipe, length
+from ..study.cells import Row, rows_of
+from ..study.grid import Grid
+from ..study.printed import paper_tables, read_paper
+from ..study.spec import Study, read_study, studies
 from .listing import show
-from .pretrain import length
-from .recipe import Recipe
-from .report.printed import paper_tables, read_paper
-from .study.cells import Row, rows_of
-from .study.command import Plan
-from .study.spec import Study, read_study, studies
 
 # The columns of what the paper prints.
 REPORTED = {"linprobe_top1": "paper linear", "finetune_top1": "paper finetune", "bbox_ap": "paper box AP"}
@@ -38,9 +37,9 @@ def ablate(
     _announce(study, rows, scale, seed, console)
     cells = {}
     if not dry_run:
-        plan = Plan(study, scale, data, sets, [])
-        plan.execute(1, console)
-        cells = {cell.row: cell for cell in plan.cells}
+        grid = Grid(study, scale, data, sets, [])
+        grid.execute(1, console)
+        cells = {cell.row: cell for cell in grid.cells}
     reported, entries = _reported(table), []
     for row in rows:
         number = int(row.name) if row.name.isdigit() else row.name
@@ -52,7 +51,7 @@ def ablate(
     answer = {"table": table, "scale": scale, "seed": seed, "rows": entries}
     if not dry_run:
         console.print("±: half-width of the 95 % interval over test images, one seed; `sslbench report` keeps it")
-        plan.check(console, answer)
+        grid.check(console, answer)
     return answer
 
 

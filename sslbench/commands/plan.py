@@ -17,27 +17,21 @@ from rich.console import Console
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from . import provenance
+from .. import provenance
+from ..data import open_split
+from ..device import PEAK_TFLOPS, SHARE, bf16_is_fast, default_device, device_hours
+from ..errors import UserError, nearest
+from ..losses import recorded_gathers
+from ..method import Method
+from ..recipe import Batch, Recipe, length
+from ..train.build import flops_per_image
+from ..train.job import Job
+from ..train.loop import fit
+from ..train.run import read_run
+from ..train.shard import shards, units
+from ..train.state import KEEP
 from .bench import matmul_peak
-from .data import open_split
-from .errors import UserError, nearest
-from .method import Method
-from .pretrain import length
-from .recipe import Batch, Recipe
-from .train.device import bf16_is_fast, default_device
-from .train.job import Job
-from .train.loop import fit
-from .train.meter import flops_per_image
-from .train.run import read_run
-from .train.shard import shards, units
-from .train.state import KEEP
 
-# Dense peaks in TFLOP/s of bf16 (V100, T4: fp16), from the vendors' data sheets.
-PEAK_TFLOPS = {
-    "T4": 65, "V100": 125, "A10": 125, "RTX4090": 165, "L40S": 362, "A100": 312, "H100": 989, "H200": 989,
-}  # fmt: skip
-# Of that peak, for machines that are not here: what OCL's 532 A100 hours for its ViT-L (section 1) come to.
-SHARE = 0.36
 STEPS = 8  # of a calibration, at least; half where they stand for larger ones
 
 
@@ -173,11 +167,6 @@ def _read(folder: Path, batch: int, data: str) -> Calibration:
     )
 
 
-def device_hours(flops: float, device: str) -> float:
-    """Of one such device, at the assumed share of its peak: not measured."""
-    return flops / (PEAK_TFLOPS[device] * 1e12 * SHARE) / 3600
-
-
 def bytes_sent(recipe: Recipe, batch: Batch) -> float:
     """What a device sends in one step, in rings: the mean of all gradients, and what is gathered and comes back.
 
@@ -185,16 +174,10 @@ def bytes_sent(recipe: Recipe, batch: Batch) -> float:
     weights are sharded, the mean costs half of that, since each keeps its part; but each micro-batch gathers them, and
     those of `shard.units` for each call and again for its backward pass.
     """
-    from . import losses
-
-    losses.gathered = []
     called: list[tuple[nn.Module, bool]] = []  # and whether a backward pass comes back there
-    try:
-        with register_module_forward_hook(lambda m, _, out: called.append((m, getattr(out, "requires_grad", False)))):
-            flops_per_image(recipe)  # on shapes alone, of two images
-        found = losses.gathered
-    finally:
-        losses.gathered = None
+    note = register_module_forward_hook(lambda m, _, out: called.append((m, getattr(out, "requires_grad", False))))
+    with recorded_gathers() as gathered, note:
+        flops_per_image(recipe)  # on shapes alone, of two images
     method = next(m for m, _ in called if isinstance(m, Method))
     gradients: float = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     if shards(Job(recipe), batch):
@@ -203,7 +186,7 @@ def bytes_sent(recipe: Recipe, batch: Batch) -> float:
         parts = sum(size[m] * (2 if back else 1) for m, back in called if m in size and m is not method)
         gradients = (gradients + batch.accumulation * (whole + parts)) / 2
     images = batch.micro * batch.passes  # that one loss has of a device; BatchNorm gathers one row of statistics
-    mine = batch.accumulation * sum(n_bytes / 2 * images if rows == 2 else n_bytes for rows, n_bytes in found)
+    mine = batch.accumulation * sum(n_bytes / 2 * images if rows == 2 else n_bytes for rows, n_bytes in gathered)
     n = batch.world
     return 2 * (n - 1) / n * (gradients + n * mine) + (n - 1) * mine
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import provenance
-from .errors import UserError
-from .paths import data_root, home
-from .train.device import bf16_is_fast, default_device
-from .transfer.run import EXTRA, require
+from .. import provenance
+from ..device import bf16_is_fast, default_device
+from ..errors import UserError
+from ..paths import data_root, home
+from ..transfer.run import EXTRA, require
 
 
 def doctor(console: Console) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _transfer() -> dict[str, Any]:
         require()
     except UserError as e:
         return {"transfer_extra": False, "transfer_operators": None, "transfer_problem": str(e)}
-    from .transfer.ops import implementation
+    from ..transfer.ops import implementation
 
     return {"transfer_extra": True, "transfer_operators": implementation(), "transfer_problem": None}
 

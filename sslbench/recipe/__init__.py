@@ -1,0 +1,29 @@
+"""What a run is to do: the recipe, how it is read and composed, and what its batch comes to."""
+
+from ..views import Augment
+from .batch import Batch, length
+from .composition import compose, drop_none, resolve
+from .read import choose, dump, find_recipe, load_yaml, merge, parse_sets, read_tree
+from .schema import Data, Epochs, Machine, Optim, Recipe, Science
+
+__all__ = [
+    "Augment",
+    "Batch",
+    "Data",
+    "Epochs",
+    "Machine",
+    "Optim",
+    "Recipe",
+    "Science",
+    "choose",
+    "compose",
+    "drop_none",
+    "dump",
+    "find_recipe",
+    "length",
+    "load_yaml",
+    "merge",
+    "parse_sets",
+    "read_tree",
+    "resolve",
+]
