@@ -3,10 +3,12 @@
 import copy
 import inspect
 import json
+import random
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -150,30 +152,73 @@ def test_a_config_survives_the_round_trip_and_refuses_what_it_does_not_know(name
 
 
 @every_method
-def test_a_method_asks_for_no_rank_and_no_device_and_draws_from_nothing_but_its_generator(name):
+def test_a_method_asks_for_no_rank_and_no_device(name):
     source = inspect.getsource(sys.modules[METHODS[name].__module__])
     assert not re.search(r"torch\.distributed|get_rank|world_size|\.cuda\(|manual_seed", source)
-    for call in re.findall(r"torch\.(?:rand|randn|randperm|randint|bernoulli)\(.*\)", source):
-        assert "generator=" in call
+
+
+@every_method
+def test_a_step_draws_from_nothing_but_its_generator(name, monkeypatch):
+    """Where torch's global generator is read, by whatever name, its state moves; Python's and numpy's raise."""
+
+    def refused(*_, **__):
+        raise AssertionError("a draw that the generator does not make")
+
+    method = make(name).train()
+    optimizer = adamw(method, Optim(lr=1e-3))
+    for module, names in ((random, ("random", "getrandbits", "randrange")), (np.random, ("rand", "random", "normal"))):
+        for draw in names:
+            monkeypatch.setattr(module, draw, refused)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for i in range(3):
+        step(method, i)["loss"].backward()
+        optimizer.step()
+        method.after_step(i / 3)
+        assert torch.get_rng_state().equal(before)
 
 
 @every_method
 def test_ten_steps_repeat_the_committed_losses(name):
     """To make them again after a change that means to change them: `python tests/test_methods.py`."""
-    assert golden_losses(name) == pytest.approx(GOLDENS[name], rel=1e-4)
+    assert golden_losses(name) == pytest.approx(GOLDENS[name], rel=1e-8)
 
 
 def golden_losses(name):
-    """Ten steps of a tiny ViT on 32 real images; in float64, for float32 drifts with the number of threads."""
+    """Ten steps of a tiny ViT on 32 real images, in float64: float32 drifts with the CPU and the number of threads.
+
+    So do resampled views, whose levels round to one side or the other (MoCo v3's loss moved by 2 % from AVX-512 to AVX2),
+    and normal draws: each image of a view is a whole one here, moved and mirrored, and each weight a thousandth.
+    """
     method = make(name).double()
-    return train(method, adamw(method, Optim(lr=1e-3)), range(10), 32)
+    dice = generator()
+    drawn = {}
+    for key, x in method.state_dict().items():
+        if x.is_floating_point() and x.unique().numel() > 1 and "pos_embed" not in key:
+            drawn[key] = torch.randint(-200, 201, x.shape, generator=dice).double() / 1000
+    assert len(drawn) > 10
+    method.load_state_dict(drawn, strict=False)
+    return train(method, adamw(method, Optim(lr=1e-3)), range(10), golden_loss)
 
 
-def train(method, optimizer, steps, n=8):
+def golden_loss(method, i):
+    pixels = images(32)
+    views = method.build_views(pixels, generator(i))
+    whole = {}
+    for place, (key, view) in enumerate(views.items()):
+        if view.shape[1:] == pixels.shape[1:]:
+            moved = pixels.roll((i, 3 * place), (2, 3)).flip(3) if place % 2 else pixels.roll((3 * place, i), (2, 3))
+            view = moved.double() / 64 - 2
+        whole[key] = view.double() if view.is_floating_point() else view
+    assert any(not whole[key].equal(views[key]) for key in views)
+    return method.loss(method(whole))
+
+
+def train(method, optimizer, steps, loss_of=step):
     """The loss of each step."""
     losses = []
     for i in steps:
-        loss = step(method, i, n)["loss"]
+        loss = loss_of(method, i)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
