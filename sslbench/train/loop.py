@@ -28,7 +28,7 @@ from .cache import average_gradients, cached_backward
 from .clock import Clock
 from .diagnose import CollapseMeters, term_gradients
 from .guard import FiniteGuard
-from .job import Job
+from .job import Job, on
 from .launch import agree, environment, meet
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
@@ -84,7 +84,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
     whole = previous.get("status") == "finished" and (folder / "weights.safetensors").is_file()
     if whole and not _other_images(job, previous):
         return "already finished"
-    agree(job.machine)
+    job = on(job, agree(job.machine))
     batch = job.batch()
     data = job.data()
     kept = previous.get("status") == "finished" or any((folder / "checkpoints").glob("*"))
