@@ -135,7 +135,7 @@ class Run:
     def save(self, step_module: TrainStep, optimizer: Any, loader: MicroBatches, over: bool) -> None:
         """A checkpoint. over: the run ends here, which a timed run knows from nothing else."""
         self.info["substituted"] = len(loader.corrupt)
-        weights, moments = whole_weights(step_module), whole_moments(step_module, optimizer)
+        weights, moments = whole_weights(step_module), whole_moments(optimizer)
         if self.fabric.is_global_zero:
             state = {
                 "method": weights,
