@@ -28,7 +28,7 @@ Where the paper contradicts itself or is silent, and what is done here:
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -84,7 +84,8 @@ class OCL(Method):
             encoder.freeze_patch_embed()
         if config.tau == "learnable":
             exp = config.tau_param == "exp"
-            self.log_scale = nn.Parameter(torch.tensor(math.log(config.tau_init) if exp else 0.0))
+            self.log_scale = nn.Parameter(torch.tensor([math.log(config.tau_init) if exp else 0.0]))
+            self.register_load_state_dict_pre_hook(_with_a_dimension)
 
     def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         x = one_view(images, self.encoder.image[0], self.augment, generator)
@@ -127,7 +128,7 @@ class OCL(Method):
         """The factor tau on the similarities (Eq. 3)."""
         if self.config.tau == "fixed":
             return self.config.tau_init
-        raw = self.log_scale.float()
+        raw = self.log_scale[0].float()
         return raw.exp() if self.config.tau_param == "exp" else F.softplus(raw) + 1
 
     def after_step(self, progress: float) -> None:
@@ -150,3 +151,9 @@ def without_positive(across: Tensor, within: Tensor, first: int) -> Tensor:
     own[rows, rows + first] = True
     others = torch.cat([across.masked_fill(own, -torch.inf), within.masked_fill(own, -torch.inf)], dim=1)
     return (others.logsumexp(1) - across[rows, rows + first]).mean()
+
+
+def _with_a_dimension(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """In checkpoints of version 0.1 the scale is a tensor without one, which FSDP does not take."""
+    if (key := f"{prefix}log_scale") in state:
+        state[key] = state[key].reshape(1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,6 +51,50 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """One write of one line under a lock: two processes never interleave, and a full disk leaves no part of it.
+
+    A line that was left unfinished, by a process that was killed while it wrote, is set aside with a warning.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", buffering=0) as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        before = _heal(path, f)
+        if f.write(line) < len(line):  # the disk is full
+            f.truncate(before)
+            raise RunFailed(full(path))
+        os.fsync(f.fileno())
+
+
+def _heal(path: Path, f: BinaryIO) -> int:
+    """Make the open ledger file end with a whole line, and return its length."""
+    f.seek(0)
+    content = f.read()
+    body = content.rstrip()
+    start = body.rfind(b"\n") + 1
+    last = body[start:]
+    if not is_torn(last):
+        missing = b"" if content.endswith(b"\n") or not last else b"\n"
+        return len(content) + f.write(missing)
+    aside = path.with_suffix(".torn")
+    with open(aside, "ab") as torn:
+        torn.write(last + b"\n")
+        torn.flush()
+        os.fsync(torn.fileno())
+    f.truncate(start)
+    warnings.warn(f"the last line of {path} was never finished; it is set aside in {aside}", stacklevel=3)
+    return start
+
+
+def is_torn(line: bytes) -> bool:
+    """Whether it is the beginning of a record, and not the whole of one."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith(b"{")
+    return False
 
 
 def _sync_folder(folder: Path) -> None:

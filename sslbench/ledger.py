@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import re
+import typing
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
-from .errors import RunFailed, UserError, full
-from .files import digest
+from . import provenance
+from .data import data_name, unpacked_name
+from .device import default_device
+from .errors import UserError
+from .files import append_line, digest, is_torn
 from .paths import home
+from .right import keep
 
 Scale = Literal["tiny", "cifar", "paper"]
 METRICS = r"(knn|linprobe|finetune|knn_held_out)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"
@@ -118,48 +123,107 @@ def append(fields: dict[str, Any]) -> Record:
     return record
 
 
-def append_line(path: Path, line: bytes) -> None:
-    """One write of one line under a lock: two processes never interleave, and a full disk leaves no part of it.
+class Measured(typing.Protocol):
+    """What a number was measured on."""
 
-    A line that was left unfinished, by a process that was killed while it wrote, is set aside with a warning.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b", buffering=0) as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        before = _heal(path, f)
-        if f.write(line) < len(line):  # the disk is full
-            f.truncate(before)
-            raise RunFailed(full(path))
-        os.fsync(f.fileno())
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
 
 
-def _heal(path: Path, f: BinaryIO) -> int:
-    """Make the open ledger file end with a whole line, and return its length."""
-    f.seek(0)
-    content = f.read()
-    body = content.rstrip()
-    start = body.rfind(b"\n") + 1
-    last = body[start:]
-    if not _is_torn(last):
-        missing = b"" if content.endswith(b"\n") or not last else b"\n"
-        return len(content) + f.write(missing)
-    aside = path.with_suffix(".torn")
-    with open(aside, "ab") as torn:
-        torn.write(last + b"\n")
-        torn.flush()
-        os.fsync(torn.fileno())
-    f.truncate(start)
-    warnings.warn(f"the last line of {path} was never finished; it is set aside in {aside}", stacklevel=3)
-    return start
+@dataclass
+class Measurement:
+    """A number as an evaluation has it: what it is, of what, and what it took."""
+
+    metric: str
+    value: float | Tensor  # the number; or which of the images are right (N,), whose percentage it is
+    images: Measured
+    data: str  # the SPEC that they were opened by
+    protocol: dict[str, str]  # name, hash
+    condition: dict[str, Any]
+    seed: int  # of the evaluation
+    image_size: int  # pixels a side of the views
+    encoder: dict[str, Any]  # `Subject.facts`: where it comes from, and what it cost
+    spent: dict[str, Any]  # on the evaluation, as `Spent.after` tells it
+    trained: dict[str, Any] = field(default_factory=dict)  # run.json of what the evaluation trained, if it did
+    accuracy: bool = True  # a share of the images, which has a binomial standard error; others have none here
+    scale: Scale | None = None  # None: what data and image_size say
+    tuning: dict[str, Any] | None = None  # what it took to choose the settings of the pre-training
 
 
-def _is_torn(line: bytes) -> bool:
-    """Whether it is the beginning of a record, and not the whole of one."""
-    try:
-        json.loads(line)
-    except ValueError:
-        return line.startswith(b"{")
-    return False
+def to_ledger(m: Measurement) -> Record:
+    """Add the number, with the code and the machine that computed it; where images were right or wrong, keep which."""
+    right = m.value.numpy() if isinstance(m.value, Tensor) else None
+    value = 100 * m.value.double().mean().item() if isinstance(m.value, Tensor) else m.value
+    pretraining, device = _of_pretraining(m.encoder["cost"]), default_device().type
+    record = append(
+        {
+            "created": provenance.now(),
+            "metric": m.metric,
+            "dataset": data_name(m.data),
+            "value": value,
+            "stderr": accuracy_stderr(value, len(m.images)) if m.accuracy else None,
+            "n": len(m.images),
+            **{k: m.encoder[k] for k in ("method", "preset", "arch")},
+            "pretrain": {**m.encoder["pretrain"], "cost": pretraining},
+            "protocol": m.protocol,
+            "weights_sha256": m.encoder["sha256"],
+            "head_sha256": m.trained.get("weights_sha256"),
+            "data_fingerprint": m.images.fingerprint,
+            "seed": m.seed,
+            "code": provenance.code(),
+            "versions": provenance.versions(),
+            "hardware": m.trained.get("hardware") or provenance.hardware(device),
+            "cost": {**_together(pretraining, m.spent, provenance.peak_memory_gib(device)), "tuning": m.tuning},
+            "scale": m.scale or scale_of(m.encoder["pretrain"]["data"] or data_name(m.data), m.image_size),
+            "condition": {**m.condition, **_of_encoder(m.encoder, m.seed)},
+        }
+    )
+    if right is not None:
+        keep(record.method, record.id, right)
+    return record
+
+
+def _of_pretraining(cost: dict[str, Any]) -> dict[str, Any] | None:
+    """What the encoder cost; None of public weights, which do not tell."""
+    return None if cost.get("wall_s") is None else {"joules": None, **cost}
+
+
+def _together(pretraining: dict[str, Any] | None, evaluation: dict[str, Any], peak_gib: float) -> dict[str, Any]:
+    """The cost of both; of public weights the evaluation's alone. peak_gib: of this process."""
+    costs = [evaluation] if pretraining is None else [pretraining, evaluation]
+    flops = [c["flops"] for c in costs if c.get("flops") is not None]
+    joules = [c["joules"] for c in costs]
+    return {
+        "wall_s": sum(c["wall_s"] for c in costs),
+        "device_hours": sum(c.get("device_hours") or 0.0 for c in costs),
+        "flops": sum(flops) if flops else None,
+        "peak_memory_gib": max(peak_gib, *(c.get("peak_memory_gib") or 0.0 for c in costs)),
+        "joules": None if None in joules else sum(joules),
+    }
+
+
+def _of_encoder(encoder: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What of the encoder is a condition of the number: a schedule that had not ended, a seed that is another."""
+    condition = {}
+    if (share := encoder.get("milestone")) is not None:
+        condition["milestone"] = share
+    if encoder.get("seed") not in (None, seed):
+        condition["pretrain_seed"] = encoder["seed"]
+    return condition
+
+
+# The papers' sets of photographs.
+FULL_SIZE = {"imagenet", "imagenet100", "coco", "imagenette", "imagewoof", "ade20k", "inat18", "inat19", "flowers102"}
+
+
+def scale_of(pretrain_data: str, image_size: int) -> Scale:
+    """tiny: the built-in subset, or what is unknown. cifar: small images. paper: a paper's set at full size."""
+    parts = {unpacked_name(part) for part in pretrain_data.split("+")}
+    if image_size >= 224 and parts <= FULL_SIZE:
+        return "paper"
+    return "tiny" if pretrain_data == "builtin" or image_size >= 224 else "cifar"
 
 
 def checked(fields: dict[str, Any]) -> Record:
@@ -183,7 +247,7 @@ def read(folder: Path | None = None) -> list[Record]:
     seen: dict[str, str] = {}
     for path in sorted((folder or ledger_folder()).glob("*.jsonl")):
         lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-        if lines and _is_torn(lines[-1][1]):
+        if lines and is_torn(lines[-1][1]):
             warnings.warn(f"{path}, line {lines.pop()[0]} was never finished: its number is left out", stacklevel=2)
         for number, line in lines:
             try:

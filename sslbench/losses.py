@@ -133,9 +133,9 @@ _gathers: list[tuple[int, int]] | None = None  # a list while `recorded_gathers`
 def recorded_gathers() -> Iterator[list[tuple[int, int]]]:
     """(rows, bytes) of each tensor that is given to `gather` meanwhile, whether there are other devices or not."""
     global _gathers
-    _gathers = recorded = []
+    _gathers = []
     try:
-        yield recorded
+        yield _gathers
     finally:
         _gathers = None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .ledger import Record, append_line
+from .files import append_line
 from .paths import home
 
 
@@ -19,11 +19,11 @@ def right_folder() -> Path:
     return home() / "results" / "right"
 
 
-def keep(record: Record, right: np.ndarray) -> None:
-    """right (N,): booleans, in the order of the test images."""
+def keep(method: str, id: str, right: np.ndarray) -> None:
+    """Which images the record of that id has right: (N,) booleans, in the order of the test images."""
     bits = base64.b85encode(zlib.compress(np.packbits(right).tobytes(), 9)).decode()
-    line = json.dumps({"id": record.id, "n": len(right), "bits": bits}) + "\n"
-    append_line(right_folder() / f"{record.method}.jsonl", line.encode())
+    line = json.dumps({"id": id, "n": len(right), "bits": bits}) + "\n"
+    append_line(right_folder() / f"{method}.jsonl", line.encode())
 
 
 def read(ids: Iterable[str]) -> dict[str, np.ndarray]:

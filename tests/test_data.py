@@ -24,7 +24,7 @@ from sslbench.data.check import check
 from sslbench.data.images import FolderImages, MemoryImages, PackedImages, subset
 from sslbench.data.loader import MicroBatches, decoded_crops, decoders, evaluation_batches, plain_crops
 from sslbench.errors import RunFailed, UserError
-from sslbench.evaluate.run import scale_of
+from sslbench.ledger import scale_of
 from sslbench.provenance import cores
 from sslbench.recipe import choose
 

@@ -21,6 +21,7 @@ from sslbench.masking import random_order, random_split, split_kept
 from sslbench.recipe import Augment, Optim, compose
 from sslbench.train.loop import pretrain
 from sslbench.train.optim import adamw
+from sslbench.train.shard import load_optimizer
 from sslbench.vit import VisionTransformer
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
@@ -58,6 +59,25 @@ def test_all_state_is_in_the_state_dict(name):
     train(a, optimizers[0], range(3))
     b.load_state_dict(a.state_dict())
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    assert train(a, optimizers[0], range(3, 6)) == train(b, optimizers[1], range(3, 6))
+    assert all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@every_method
+def test_every_parameter_has_a_dimension_by_which_fsdp_can_divide_it(name):
+    assert all(p.ndim for p in make(name).parameters())
+
+
+def test_a_checkpoint_of_version_0_1_goes_on_bit_for_bit():
+    """OCL's scale had no dimension then, nor had its moments."""
+    a, b = make("ocl", seed=0), make("ocl", seed=1)
+    optimizers = [adamw(m, Optim(lr=1e-3)) for m in (a, b)]
+    train(a, optimizers[0], range(3))
+    weights, state = a.state_dict(), copy.deepcopy(optimizers[0].state_dict())
+    b.load_state_dict({k: x.reshape(()) if k == "log_scale" else x for k, x in weights.items()})
+    for moments in state["state"].values():
+        moments |= {k: x.reshape(()) for k, x in moments.items() if x.shape == (1,)}
+    load_optimizer(optimizers[1], state)
     assert train(a, optimizers[0], range(3, 6)) == train(b, optimizers[1], range(3, 6))
     assert all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 

@@ -9,8 +9,9 @@ from rich.console import Console
 from test_report import ALL_TABLES, METHODS, fields, pretrain, records
 
 from sslbench.data import known_size
-from sslbench.evaluate.run import eval_recipe, scale_of
+from sslbench.evaluate.run import eval_recipe
 from sslbench.files import digest
+from sslbench.ledger import scale_of
 from sslbench.paths import recipe_files
 from sslbench.recipe import compose
 from sslbench.report.missing import missing

@@ -85,7 +85,7 @@ def start(recipe: Recipe, out: Path | None, console: Console, slurm: str | None 
         console.print(line, markup=False)
     if slurm is not None:
         return submit(recipe, folder, slurm, console)
-    agree(recipe.machine)
+    recipe = recipe.on(agree(recipe.machine))
     console.print(f"batch {Batch.of(recipe)}")
     status = pretrain(recipe, folder, Console(stderr=True, highlight=False))
     console.print(f"{status}: {folder}")

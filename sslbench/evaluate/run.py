@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from rich.console import Console
 
-from .. import provenance
-from ..data import ImageSet, data_name, open_both, open_split, open_test, unpacked_name, used_classes
+from ..data import ImageSet, open_both, open_split, open_test, used_classes
 from ..data.loader import held_out
 from ..device import default_device
 from ..errors import UserError
 from ..files import check_weights, digest, hashes, write_json
 from ..knn import knn_right
-from ..ledger import Record, Scale, accuracy_stderr, append, checked
+from ..ledger import Measured, Measurement, Record, checked, to_ledger
 from ..paths import home
 from ..provenance import Spent
 from ..recipe import Machine, find_recipe, merge, parse_sets, read_tree
 from ..recipe.settings import shorten_warmup
-from ..right import keep
 from ..stats import mean_interval
 from ..strict import Strict, validate
 from ..train.launch import alone, launched, leave_to_first
@@ -175,11 +173,12 @@ def evaluate(
         values = [("linprobe_top1", right, {"lr": lr})]
     side, cost = subject.encoder.image[0], spent.after()
     protocol = protocol_of(recipe, pool, side, train, val)
-    facts = subject.facts()
-    return [
-        to_ledger(facts, metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, cost, {}, tuning=tuning)
+    encoder = subject.facts()
+    measurements = [
+        Measurement(metric, v, val, data, protocol, {**c, "pool": pool}, seed, side, encoder, cost, tuning=tuning)
         for metric, v, c in values
     ]
+    return [to_ledger(m) for m in measurements]
 
 
 @dataclass
@@ -209,7 +208,18 @@ def _held_out(recipe: EvalRecipe, s: HeldOutKnn, run: str, data: str | None, see
     condition = {"k": s.main_k, "pool": pool, "split": "a tenth of train"}
     scored, protocol = HeldOut(train.fingerprint, len(tenth)), protocol_of(recipe, pool, side, train)
     return to_ledger(
-        subject.facts(), "knn_held_out_top1", right, scored, spec, protocol, condition, own, side, cost, {}
+        Measurement(
+            metric="knn_held_out_top1",
+            value=right,
+            images=scored,
+            data=spec,
+            protocol=protocol,
+            condition=condition,
+            seed=own,
+            image_size=side,
+            encoder=subject.facts(),
+            spent=cost,
+        )
     )
 
 
@@ -251,9 +261,22 @@ def _train_and_score(
     info |= hashes(weights)
     right, more = job.score(weights, val, device)
     condition, cost = {"pool": job.pool, **more, "eval_run": folder.name}, spent.after(info["cost"])
-    facts = subject.facts()
-    record = to_ledger(facts, job.metric, right, val, spec, job.protocol, condition, seed, job.image_size, cost, info,
-                       tuning=tuning)  # fmt: skip
+    record = to_ledger(
+        Measurement(
+            metric=job.metric,
+            value=right,
+            images=val,
+            data=spec,
+            protocol=job.protocol,
+            condition=condition,
+            seed=seed,
+            image_size=job.image_size,
+            encoder=subject.facts(),
+            spent=cost,
+            trained=info,
+            tuning=tuning,
+        )
+    )
     write_json(folder / "run.json", {**info, "record": record.model_dump(mode="json"), "val_contents": images})
     return record
 
@@ -304,108 +327,28 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
     protocol = {"name": recipe.name, "hash": hash}
     nothing = dict.fromkeys(("recipe_hash", "run", "data", "epochs", "images_seen", "batch"))
     trained = {**info, **hashes(path)}
-    facts = info.get("subject") or {
+    encoder = info.get("subject") or {
         "method": "unknown", "preset": None, "arch": arch, "pretrain": nothing, "cost": {},
         "sha256": trained["weights_sha256"],
     }  # fmt: skip
     condition = {"classes": len(names), "eval_run": path.parent.name if info else None}
-    cost = spent.after(info.get("cost"))
-    return to_ledger(facts, "top1", top1, test, data, protocol, condition, info.get("seed", 0), size, cost, trained)
+    return to_ledger(
+        Measurement(
+            metric="top1",
+            value=top1,
+            images=test,
+            data=data,
+            protocol=protocol,
+            condition=condition,
+            seed=info.get("seed", 0),
+            image_size=size,
+            encoder=encoder,
+            spent=spent.after(info.get("cost")),
+            trained=trained,
+        )
+    )
 
 
 def robustness_hash(s: Robustness, tuned: str | None, size: int, view: dict[str, int]) -> str:
     """Of how the answer is chosen, of the protocol that fine-tuned the model, and of the view, as in protocol_hash."""
     return digest([s.model_dump(mode="json"), tuned, size, *view.values()])
-
-
-class Measured(Protocol):
-    """What a number was measured on."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-
-def to_ledger(
-    facts: dict[str, Any],
-    metric: str,
-    value: float | torch.Tensor,
-    val: Measured,
-    data: str,
-    protocol: dict[str, str],
-    condition: dict[str, Any],
-    seed: int,
-    image_size: int,
-    spent: dict[str, Any],
-    trained: dict[str, Any],
-    accuracy: bool = True,
-    scale: Scale | None = None,
-    tuning: dict[str, Any] | None = None,
-) -> Record:
-    """Into the ledger: the number, where it comes from, and what it cost, pre-training (in `facts`) and `spent`.
-
-    trained: run.json of the run that the evaluation trained, {} where it trained none. accuracy: the number is a share
-    of the images, which has a binomial standard error; other numbers have none here. value: the number, or which of
-    the images are right (N,), whose percentage it is; these are kept too. tuning: what choosing the settings took.
-    """
-    right = value if isinstance(value, torch.Tensor) else None
-    if isinstance(value, torch.Tensor):
-        value = 100 * value.double().mean().item()
-    before, device = facts["cost"], default_device().type
-    ours = before.get("wall_s") is not None  # what public weights cost nobody tells: the evaluation's cost is all
-    if (share := facts.get("milestone")) is not None:  # its schedule had not ended
-        condition = {**condition, "milestone": share}
-    if facts.get("seed") not in (None, seed):
-        condition = {**condition, "pretrain_seed": facts["seed"]}
-    flops = [c for c in (before.get("flops"), spent.get("flops")) if c is not None]
-    joules = [before.get("joules") if ours else 0.0, spent["joules"]]
-    record = append(
-        {
-            "created": provenance.now(),
-            "metric": metric,
-            "dataset": data_name(data),
-            "value": value,
-            "stderr": accuracy_stderr(value, len(val)) if accuracy else None,
-            "n": len(val),
-            **{k: facts[k] for k in ("method", "preset", "arch")},
-            "pretrain": {**facts["pretrain"], "cost": {"joules": None, **before} if ours else None},
-            "protocol": protocol,
-            "weights_sha256": facts["sha256"],
-            "head_sha256": trained.get("weights_sha256"),
-            "data_fingerprint": val.fingerprint,
-            "seed": seed,
-            "code": provenance.code(),
-            "versions": provenance.versions(),
-            "hardware": trained.get("hardware") or provenance.hardware(device),
-            "cost": {
-                "wall_s": (before.get("wall_s") or 0.0) + spent["wall_s"],
-                "device_hours": (before.get("device_hours") or 0.0) + spent["device_hours"],
-                "flops": sum(flops) if flops else None,
-                "peak_memory_gib": max(
-                    before.get("peak_memory_gib") or 0.0,
-                    spent.get("peak_memory_gib") or 0.0,
-                    provenance.peak_memory_gib(device),
-                ),
-                "joules": None if None in joules else sum(joules),
-                "tuning": tuning,
-            },
-            "scale": scale or scale_of(facts["pretrain"]["data"] or data_name(data), image_size),
-            "condition": condition,
-        }
-    )
-    if right is not None:
-        keep(record, right.numpy())
-    return record
-
-
-# The papers' sets of photographs.
-FULL_SIZE = {"imagenet", "imagenet100", "coco", "imagenette", "imagewoof", "ade20k", "inat18", "inat19", "flowers102"}
-
-
-def scale_of(pretrain_data: str, image_size: int) -> Scale:
-    """tiny: the built-in subset, or what is unknown. cifar: small images. paper: a paper's set at full size."""
-    parts = {unpacked_name(part) for part in pretrain_data.split("+")}
-    if image_size >= 224 and parts <= FULL_SIZE:
-        return "paper"
-    return "tiny" if pretrain_data == "builtin" or image_size >= 224 else "cifar"

@@ -99,6 +99,10 @@ class Recipe(Strict):
     def preset(self) -> str:
         return self.science.method["preset"]
 
+    def on(self, machine: Machine) -> Recipe:
+        """The same science on another machine."""
+        return self.model_copy(update={"machine": machine})
+
     def hash(self) -> str:
         """12 hex digits of SHA-256 over science, without the seed (seeds of one recipe share a hash; the seed stands
         beside it), without the preset's name (its values count) and without the folder that data lies in."""

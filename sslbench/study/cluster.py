@@ -32,7 +32,7 @@ def submit(grid: Grid, options: str, console: Console) -> dict[str, Any]:
     given = options_of(options)
     for cell in cells:
         if cell.recipe:
-            agree_with(given, cell.recipe.machine)
+            cell.recipe = cell.recipe.on(agree_with(given, cell.recipe.machine))
     machine = next((c.recipe.machine for c in cells if c.recipe), Machine())
     folder = home() / "runs" / "slurm" / grid.name
     ids = send([CellTask(c) for c in cells], folder, grid.name, machine, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from ..data import ImageSet, data_name, open_split
 from ..files import write_weights
 from ..method import Method, get_method
-from ..recipe import Batch, Recipe
+from ..recipe import Batch, Machine, Recipe
 from .build import build, flops_per_image
 from .optim import adamw
 
@@ -80,6 +81,13 @@ class Job:
     def _pretraining(self) -> Recipe:
         assert isinstance(self.recipe, Recipe)
         return self.recipe
+
+
+def on(job: Job, machine: Machine) -> Job:
+    """The same job on another machine."""
+    other = copy.copy(job)
+    other.machine, other.recipe = machine, job.recipe.model_copy(update={"machine": machine})
+    return other
 
 
 def run_name(recipe: Recipe) -> str:

@@ -78,8 +78,8 @@ def _is_child() -> bool:
     return os.environ.get("SSLBENCH_PARENT") == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-def agree(machine: Machine) -> None:
-    """Take devices and nodes from what started this process, where the recipe does not state them.
+def agree(machine: Machine) -> Machine:
+    """The recipe's machine, with devices and nodes from what started this process where the recipe does not state them.
 
     UserError where it states others, or where machines are asked for and nothing starts them.
     """
@@ -92,17 +92,18 @@ def agree(machine: Machine) -> None:
                 f"--nodes {machine.nodes}: the command starts processes on its own machine only. Start it on every "
                 f"machine by torchrun or srun, or with NODE_RANK, MASTER_ADDR and MASTER_PORT set, or give --slurm"
             )
-        return
+        return machine
     name, devices, nodes = found
     if not machine.model_fields_set & {"devices", "nodes"}:
-        machine.devices, machine.nodes = devices, nodes
-    elif (machine.devices, machine.nodes) != (devices, nodes):
+        return machine.model_copy(update={"devices": devices, "nodes": nodes})
+    if (machine.devices, machine.nodes) != (devices, nodes):
         if not first_process():
             raise SystemExit(2)
         raise UserError(
             f"{name} started {devices} process(es) on each of {nodes} machine(s), and the run is for {machine.devices} "
             f"on each of {machine.nodes}: give --devices {devices} --nodes {nodes}, or neither"
         )
+    return machine
 
 
 def leave_to_first() -> None:

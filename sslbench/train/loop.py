@@ -13,28 +13,25 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning_fabric.strategies import DDPStrategy
 from rich.console import Console
-from torch import Tensor, nn
 
 from .. import provenance
-from ..data.loader import MicroBatches, seed_of
+from ..data.loader import MicroBatches
 from ..device import bf16_is_fast, default_device, keep_freed_memory
-from ..draws import Draws
 from ..errors import Interrupted, RunFailed, UserError, full, is_full, lost_loader
+from ..method import Method
 from ..recipe import Batch, Machine, Recipe
 from ..signals import Signals
-from .cache import average_gradients, cached_backward
 from .clock import Clock
-from .diagnose import CollapseMeters, term_gradients
-from .guard import FiniteGuard
-from .job import Job
+from .diagnose import CollapseMeters
+from .job import Job, on
 from .launch import agree, environment, meet
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
 from .run import Run, check_same, hold, newest, read_run
-from .shard import load_optimizer, sharding, shards, unsharded
-from .step import TrainStep
+from .shard import sharding, shards, unsharded
+from .step import Learner
 from .watch import Watch
 
 
@@ -84,7 +81,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
     whole = previous.get("status") == "finished" and (folder / "weights.safetensors").is_file()
     if whole and not _other_images(job, previous):
         return "already finished"
-    agree(job.machine)
+    job = on(job, agree(job.machine))
     batch = job.batch()
     data = job.data()
     kept = previous.get("status") == "finished" or any((folder / "checkpoints").glob("*"))
@@ -133,18 +130,98 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
 
 
 def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console, progress: bool) -> None:
+    """Train from the newest checkpoint, if there is one, to the end. What moves the weights is `Learner.one_step`."""
     job, machine, fabric = run.job, run.job.machine, run.fabric
     provenance.reset_peak_memory(fabric.device.type)
-    torch.manual_seed(seed_of("weights", job.seed))
-    step_module = TrainStep(job.build())
-    method = step_module.method
-    if machine.compile:
-        if batch.passes == 1:
-            method.compile()
-        else:
-            method.embed = torch.compile(method.embed)  # type: ignore[method-assign]
-        torch._functorch.config.donated_buffer = False  # terms' gradients go through the graph more than once
-    loader = MicroBatches(
+    learner = Learner(job, batch, fabric)
+    method = learner.method
+    loader = _loader(job, method, data, batch, fabric)
+    per_epoch, total = loader.steps_per_epoch, round(loader.steps_per_epoch * job.epochs)
+    clock = _clock(run, batch, total, per_epoch)
+    save_every = machine.saves_every(per_epoch, per_epoch if clock.seconds else total)
+
+    start, state = newest(run)
+    if state:
+        with of_this(run, start):
+            learner.load_weights(state)
+        run.resume(state)
+        loader.corrupt = set(state["corrupt"])
+    learner.set_up()
+    if state:
+        with of_this(run, start):
+            learner.load_moments(state)
+    run.begin(data.fingerprint, None if clock.seconds else total, per_epoch)
+    run.steps = start
+    clock.begin()
+
+    running, watch = Running(), Stopwatch()
+    here = fabric.is_global_zero
+    metrics = Metrics(run.folder, start, machine.tensorboard) if here else None
+    meters = CollapseMeters(data, method, fabric.device, batch.total) if here or learner.sharded else None
+    watched = machine.watch and job.kind == "pretrain" and here and not learner.sharded
+    knn = Watch(data, batch.total) if watched else None
+    milestones = [share for share in sorted(machine.keep_at) if share > clock.share(start)]
+
+    end = start if state and state.get("over") else clock.steps
+    with contextlib.closing(loader(start, end)) as micro_batches, progress_bar(console, progress) as bar:
+        task = bar.add_task(run.label, total=1.0, note="")
+        bar.update(task, completed=clock.share(start))
+        for step in range(start, end):
+            lr = learning_rate(job.optim, batch.total, clock.epoch(step), job.epochs)
+            look = (step + 1) % machine.meters_every == 0 or step + 1 == total
+            seen: dict[str, float] = {}  # what metrics.jsonl gets of this step
+            values = learner.one_step(step, micro_batches, lr, seen if look else None)
+            clock.tick()
+            run.steps = step + 1
+            share = clock.share(run.steps)
+            method.after_step(share)
+            running.add(values)
+            watch.images += batch.total
+
+            last = clock.over(run.steps)
+            log = last or run.steps % machine.log_every == 0
+            stop = signals.asked(fabric, log)
+            save = last or stop or run.steps % save_every == 0
+            if (log or save) and batch.world > 1:
+                loader.check_corrupt()
+            # Only here does the host wait for the device (a CPU keeps nobody waiting).
+            if (log or save or fabric.device.type == "cpu") and learner.guard.tripped():
+                raise RunFailed(
+                    f"the gradient is not finite at or before step {run.steps} (loss {running.means()['loss']:.4g}); "
+                    f"the weights did not move. Try a lower science.optim.lr, a longer warm-up, or precision 32"
+                )
+            if look and meters:
+                with unsharded(learner.module):
+                    seen.update(meters.read(method, fabric))
+            if knn and knn.due(share, run.wall_s(), run.images_per_s(start)):
+                seen["knn_watch"] = knn.look(method, fabric)
+            while milestones and share >= milestones[0]:
+                run.keep(learner.module, milestones.pop(0))
+            if log:
+                means = running.means(fabric)
+                speed = watch.read(loader.wait_s)
+                seen.update({"epoch": run.steps / per_epoch, "lr": lr, **means, **speed})
+                bar.update(task, note=note(means["loss"], speed, knn.top1 if knn else None))
+            if metrics and seen:
+                metrics.write(run.steps, seen)
+            bar.update(task, completed=1.0 if last else share)
+            if save:
+                run.save(learner.module, learner.optimizer, loader, last)
+                clock.saved()
+            if stop and not last:
+                of = f", {share:.0%} of its time" if clock.seconds else f" of {total}"
+                what = f"{signals.received} after step {run.steps}{of}; the same command resumes"
+                raise Interrupted(what, signals.requeue)
+            if last:
+                break
+    if metrics:
+        metrics.close()
+    run.finish(learner.module)
+
+
+def _loader(job: Job, method: Method, data: Any, batch: Batch, fabric: Fabric) -> MicroBatches:
+    """What feeds this device: images of one forward pass, or of all the passes that a gradient cache makes one of."""
+    return MicroBatches(
         data,
         seed=job.seed,
         micro=batch.micro * batch.passes,
@@ -157,152 +234,18 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
         crop_scale=job.crop_scale,
         crop_tries=job.crop_tries,
         interpolation=job.interpolation,
-        workers=machine.workers,
+        workers=job.machine.workers,
         distort=job.distort,
         labelled=job.labelled,
     )
-    per_epoch = loader.steps_per_epoch
-    total = round(per_epoch * job.epochs)
-    seconds = None if job.device_minutes is None else 60 * job.device_minutes
-    if seconds and batch.world > 1:
+
+
+def _clock(run: Run, batch: Batch, total: int, per_epoch: int) -> Clock:
+    """What says when the run ends: after `total` steps, or when its device's time is spent."""
+    minutes = run.job.device_minutes
+    if minutes and batch.world > 1:
         raise UserError(f"science.device_minutes is for one device, whose time it is; this run has {batch.world}")
-    clock = Clock(total, per_epoch, job.epochs, seconds, run.wall_s)
-    save_every = machine.saves_every(per_epoch, per_epoch if seconds else total)
-
-    first, state = newest(run)
-    if state:
-        with of_this(run, first):
-            method.load_state_dict(state["method"])
-        run.resume(state)
-        loader.corrupt = set(state["corrupt"])
-    model = fabric.setup_module(step_module)
-    optimizer: Any = fabric.setup_optimizers(job.optimizer(method))  # sharded weights are other tensors
-    if state:
-        with of_this(run, first):
-            load_optimizer(optimizer, state["optimizer"])
-            fabric.strategy.precision.load_state_dict(state.get("precision", {}))
-    sharded = isinstance(fabric.strategy, ModelParallelStrategy)
-    run.begin(data.fingerprint, None if seconds else total, per_epoch)
-    run.steps = first
-    clock.begin()
-
-    guard = FiniteGuard(fabric.device)
-    guard.arm(optimizer)
-    scaler = getattr(fabric.strategy.precision, "scaler", None)  # fp16 only: it has its own way with infinities
-    running, watch = Running(), Stopwatch()
-    metrics = Metrics(run.folder, first, machine.tensorboard) if fabric.is_global_zero else None
-    meters = CollapseMeters(data, method, fabric.device, batch.total) if fabric.is_global_zero or sharded else None
-    watched = machine.watch and job.kind == "pretrain" and fabric.is_global_zero and not sharded
-    knn = Watch(data, batch.total) if watched else None
-    milestones = [share for share in sorted(machine.keep_at) if share > clock.share(first)]
-    seen: dict[str, float] = {}
-
-    def look_at_terms(losses: dict[str, Tensor]) -> None:
-        seen.update(term_gradients(losses, method.encoder, fabric))
-
-    draws = Draws(fabric.device)
-
-    def seek(step: int, first: int) -> Draws:
-        """The generator for the views of the images from number `first` of the step's on."""
-        draws.seek(seed_of("views", job.seed, step, 0), seed_of("alone", job.seed, step, first), batch.total, first)
-        return draws
-
-    def replay(images: Tensor, step: int, first: int) -> Callable[[int], dict[str, Tensor]]:
-        """views(i) of the i-th pass over `images`, for the gradient cache."""
-
-        def views(i: int) -> dict[str, Tensor]:
-            torch.manual_seed(seed_of("model", job.seed, step, first, i))
-            with torch.no_grad():
-                return method.build_views(images.split(batch.micro)[i], seek(step, first + i * batch.micro))
-
-        return views
-
-    end = first if state and state.get("over") else clock.steps
-    with contextlib.closing(loader(first, end)) as micro_batches, progress_bar(console, progress) as bar:
-        task = bar.add_task(run.label, total=1.0, note="")
-        bar.update(task, completed=clock.share(first))
-        for step in range(first, end):
-            # Anything a model draws on its own (drop path) is a function of the step too.
-            torch.manual_seed(seed_of("model", job.seed, step, fabric.global_rank))
-            lr = learning_rate(job.optim, batch.total, clock.epoch(step), job.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            look = (step + 1) % machine.meters_every == 0 or step + 1 == total
-            seen.clear()
-            mean: dict[str, Any] = {}  # losses of the step
-            for a in range(batch.accumulation):
-                images = next(micro_batches)
-                index = (a * batch.world + fabric.global_rank) * batch.micro * batch.passes
-                if batch.passes > 1:
-                    views = replay(images, step, index)
-                    losses = cached_backward(method, views, batch.passes, fabric, batch.accumulation)
-                else:
-                    with fabric.no_backward_sync(model, enabled=a < batch.accumulation - 1):
-                        losses = model(
-                            images, seek(step, index), look_at_terms if look and a == 0 and not sharded else None
-                        )
-                        fabric.backward(losses["loss"] / batch.accumulation)
-                mean = {k: mean.get(k, 0.0) + x.detach() / batch.accumulation for k, x in losses.items()}
-            if batch.passes > 1 and batch.world > 1:
-                average_gradients(method)
-            if scaler is not None:  # by hand: Fabric does not unscale for a fused optimiser
-                scaler.unscale_(optimizer.optimizer)
-            norm: Any = nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
-            if job.optim.clip_grad:
-                nn.utils.clip_grads_with_norm_(method.parameters(), job.optim.clip_grad, norm)
-            if sharded:
-                norm = norm.full_tensor()
-            # fp16's norm may be infinite, and is left out then; a loss is of one device, a gradient of all.
-            finite: Any = norm if scaler is None else fabric.all_reduce(mean["loss"])
-            guard.check(finite)
-            optimizer.step()
-            optimizer.zero_grad()
-            clock.tick()
-            run.steps = step + 1
-            share = clock.share(run.steps)
-            method.after_step(share)
-            running.add({**mean, "grad_norm": norm})
-            watch.images += batch.total
-
-            last = clock.over(run.steps)
-            log = last or run.steps % machine.log_every == 0
-            stop = signals.asked(fabric, log)
-            save = last or stop or run.steps % save_every == 0
-            if (log or save) and batch.world > 1:
-                loader.check_corrupt()
-            # Only here does the host wait for the device (a CPU keeps nobody waiting).
-            if (log or save or fabric.device.type == "cpu") and guard.tripped():
-                raise RunFailed(
-                    f"the gradient is not finite at or before step {run.steps} (loss {running.means()['loss']:.4g}); "
-                    f"the weights did not move. Try a lower science.optim.lr, a longer warm-up, or precision 32"
-                )
-            if look and meters:
-                with unsharded(step_module):
-                    seen.update(meters.read(method, fabric))
-            if knn and knn.due(share, run.wall_s(), run.images_per_s(first)):
-                seen["knn_watch"] = knn.look(method, fabric)
-            while milestones and share >= milestones[0]:
-                run.keep(step_module, milestones.pop(0))
-            if log:
-                means = running.means(fabric)
-                speed = watch.read(loader.wait_s)
-                seen.update({"epoch": run.steps / per_epoch, "lr": lr, **means, **speed})
-                bar.update(task, note=note(means["loss"], speed, knn.top1 if knn else None))
-            if metrics and seen:
-                metrics.write(run.steps, seen)
-            bar.update(task, completed=1.0 if last else share)
-            if save:
-                run.save(step_module, optimizer, loader, last)
-                clock.saved()
-            if stop and not last:
-                of = f", {share:.0%} of its time" if seconds else f" of {total}"
-                what = f"{signals.received} after step {run.steps}{of}; the same command resumes"
-                raise Interrupted(what, signals.requeue)
-            if last:
-                break
-    if metrics:
-        metrics.close()
-    run.finish(step_module)
+    return Clock(total, per_epoch, run.job.epochs, None if minutes is None else 60 * minutes, run.wall_s)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from .. import provenance
 from ..data.loader import MicroBatches
 from ..errors import RunFailed, UserError
 from ..files import hashes, write_atomically, write_json
-from ..recipe import dump, load_yaml
-from .job import Job
+from ..recipe import Machine, dump, load_yaml
+from .job import Job, on
 from .shard import whole_moments, whole_weights
 from .state import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint
 from .step import TrainStep
@@ -48,11 +48,6 @@ class Run:
 
     def begin(self, fingerprint: str, total: int | None, per_epoch: int) -> None:
         """total: steps of the run; None where the clock ends it."""
-        self.job.machine.precision = {"32-true": "32", "bf16-mixed": "bf16"}.get(  # type: ignore[assignment]
-            str(self.fabric.strategy.precision.precision), "16"
-        )
-        if self.fabric.world_size > 1:
-            self.job.machine.strategy = "fsdp" if isinstance(self.fabric.strategy, ModelParallelStrategy) else "ddp"
         self.info = {
             "kind": self.job.kind,
             **self.job.info(),
@@ -63,14 +58,26 @@ class Run:
             "versions": provenance.versions(),
             "hardware": {
                 **provenance.hardware(self.fabric.device.type, self.fabric.world_size),
-                "precision": self.job.machine.precision,
+                "precision": self.precision,
             },
         }
         self.flops_per_image = self.job.flops_per_image()
         self.began, self.energy = time.perf_counter(), provenance.EnergyMeter(self.fabric.device.type)
         if self.fabric.is_global_zero:
-            write_atomically(self.folder / "recipe.yaml", dump(self.job.recipe).encode())
+            write_atomically(self.folder / "recipe.yaml", dump(on(self.job, self._machine()).recipe).encode())
         self.write("running")
+
+    @property
+    def precision(self) -> str:
+        """What it computes in: 32, bf16 or 16."""
+        return {"32-true": "32", "bf16-mixed": "bf16"}.get(str(self.fabric.strategy.precision.precision), "16")
+
+    def _machine(self) -> Machine:
+        """The recipe's machine as it turned out, nothing left to `auto`."""
+        turned_out = {"precision": self.precision}
+        if self.fabric.world_size > 1:
+            turned_out["strategy"] = "fsdp" if isinstance(self.fabric.strategy, ModelParallelStrategy) else "ddp"
+        return self.job.machine.model_copy(update=turned_out)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's cost."""
@@ -128,7 +135,7 @@ class Run:
     def save(self, step_module: TrainStep, optimizer: Any, loader: MicroBatches, over: bool) -> None:
         """A checkpoint. over: the run ends here, which a timed run knows from nothing else."""
         self.info["substituted"] = len(loader.corrupt)
-        weights, moments = whole_weights(step_module), whole_moments(step_module, optimizer)
+        weights, moments = whole_weights(step_module), whole_moments(optimizer)
         if self.fabric.is_global_zero:
             state = {
                 "method": weights,

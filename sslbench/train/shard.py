@@ -63,25 +63,9 @@ def _shard(root: Any, mesh: DeviceMesh) -> Any:
     over = mesh["data_parallel"]
     # That what a unit returns must not be changed in place, which no block does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    # FSDP takes no tensor without a dimension: such a one gets one, and the forward pass sees it without.
-    root.scalars = [(m, n) for m in root.modules() for n, p in m.named_parameters(recurse=False) if p.ndim == 0]
-    for owner, name in root.scalars:
-        p = owner._parameters[name]
-        owner._parameters[name] = nn.Parameter(p.detach()[None], p.requires_grad)
     for unit in units(root):
         fully_shard(unit, mesh=over)
     fully_shard(root, mesh=over)
-
-    def show(*_: Any) -> None:
-        for owner, name in root.scalars:
-            vars(owner)[name] = owner._parameters[name][0]
-
-    def hide(*_: Any) -> None:
-        for owner, name in root.scalars:
-            del vars(owner)[name]
-
-    root.register_forward_pre_hook(show)
-    root.register_forward_hook(hide)
     return root
 
 
@@ -98,22 +82,18 @@ def unsharded(root: nn.Module) -> Iterator[None]:
 
 def whole_weights(root: Any) -> dict[str, Any]:
     """The method's state dict as one device has it. To be called on every device: each has a part."""
-    named = dict(root.method.named_parameters())
-    return {name: _whole(x, named.get(name), root) for name, x in root.method.state_dict().items()}
+    return {name: _whole(x) for name, x in root.method.state_dict().items()}
 
 
-def whole_moments(root: Any, optimizer: Any) -> dict[str, Any]:
+def whole_moments(optimizer: Any) -> dict[str, Any]:
     """The optimiser's state dict, likewise."""
-    parameters, found = _parameters(optimizer), optimizer.state_dict()
-    state = {i: {k: _whole(x, parameters[i], root) for k, x in values.items()} for i, values in found["state"].items()}
-    return {**found, "state": state}
+    parts = optimizer.state_dict()
+    state = {i: {k: _whole(x) for k, x in moments.items()} for i, moments in parts["state"].items()}
+    return {**parts, "state": state}
 
 
-def _whole(x: Any, p: Any, root: Any) -> Any:
-    if not isinstance(x, DTensor):
-        return x
-    x = x.full_tensor().cpu()
-    return x[0] if any(p is owner._parameters[name] for owner, name in root.scalars) else x
+def _whole(x: Any) -> Any:
+    return x.full_tensor().cpu() if isinstance(x, DTensor) else x
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
@@ -121,7 +101,8 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     parameters = _parameters(optimizer)
 
     def part(x: Tensor, p: Tensor) -> Tensor:
-        return distribute_tensor(x.reshape(p.shape), p.device_mesh, p.placements) if isinstance(p, DTensor) else x
+        x = x.reshape(p.shape)  # version 0.1 had a scale without a dimension
+        return distribute_tensor(x, p.device_mesh, p.placements) if isinstance(p, DTensor) else x
 
     moments = {
         i: {k: x if k == "step" else part(x, parameters[i]) for k, x in values.items()}

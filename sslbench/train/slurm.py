@@ -62,8 +62,9 @@ def submit(recipe: Recipe, folder: Path, options: str, console: Console) -> dict
     time is in minutes; nodes and gpus_per_node are the recipe's machine.nodes and machine.devices, one task a device.
     """
     folder = folder.resolve()
-    given, machine = options_of(options), recipe.machine
-    agree_with(given, machine)
+    given = options_of(options)
+    machine = agree_with(given, recipe.machine)
+    recipe = recipe.on(machine)
     job = Job(recipe)
     Batch.of(recipe)  # refuses what does not divide
     previous = read_run(folder)
@@ -102,13 +103,15 @@ def options_of(options: str) -> dict[str, Any]:
     return given
 
 
-def agree_with(given: dict[str, Any], machine: Machine) -> None:
-    """Write nodes and devices of sbatch's options into the recipe's machine; UserError where it states others."""
+def agree_with(given: dict[str, Any], machine: Machine) -> Machine:
+    """The recipe's machine with nodes and devices of sbatch's options; UserError where it states others."""
+    agreed = {}
     for key, option in (("nodes", "nodes"), ("devices", "gpus_per_node")):
         if given.get(option):
             if key in machine.model_fields_set and getattr(machine, key) != given[option]:
                 raise UserError(f"--slurm {option}={given[option]}, but the run is for {getattr(machine, key)} {key}")
-            setattr(machine, key, given[option])
+            agreed[key] = given[option]
+    return machine.model_copy(update=agreed)
 
 
 def send(tasks: list[Any], logs: Path, name: str, machine: Machine, given: dict[str, Any]) -> list[str]:

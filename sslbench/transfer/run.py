@@ -20,9 +20,9 @@ from torch import nn
 from ..data.loader import seed_of
 from ..errors import UserError
 from ..evaluate.features import Subject, newest_run, open_subject, read_safetensors
-from ..evaluate.run import in_ledger, same_images, to_ledger
+from ..evaluate.run import in_ledger, same_images
 from ..files import check_weights, digest, hashes, write_json, write_weights
-from ..ledger import Record, Scale
+from ..ledger import Measurement, Record, Scale, to_ledger
 from ..paths import data_root, home
 from ..provenance import Spent
 from ..recipe import Batch
@@ -214,13 +214,29 @@ def score(job: TransferJob, folder: Path, info: dict[str, Any], tuning: dict[str
     model.load_state_dict(tensors)
     with job.scope():
         values, condition = job.task.score(job, model.to(fabric.device), folder, fabric)
-    facts, cost = job.subject.facts(), spent.after(info["cost"])
+    encoder, cost = job.subject.facts(), spent.after(info["cost"])
     condition = {**condition, "eval_run": folder.name}
     size = job.task.image_size(job.science)
     scale: Scale = "paper" if job.spec == job.kind and size >= 512 else "tiny"
-    common = (job.val, job.spec, job.protocol, condition, job.seed, size, cost, info)
     records = [
-        to_ledger(facts, metric, value, *common, accuracy=False, scale=scale, tuning=tuning)
+        to_ledger(
+            Measurement(
+                metric=metric,
+                value=value,
+                images=job.val,
+                data=job.spec,
+                protocol=job.protocol,
+                condition=condition,
+                seed=job.seed,
+                image_size=size,
+                encoder=encoder,
+                spent=cost,
+                trained=info,
+                accuracy=False,
+                scale=scale,
+                tuning=tuning,
+            )
+        )
         for metric, value in values.items()
     ]
     write_json(folder / "run.json", {**info, "records": [r.model_dump(mode="json") for r in records]})

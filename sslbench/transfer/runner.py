@@ -287,7 +287,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
                 "type": Loop, "max_iters": total, "accumulation": batch.accumulation, "first": first, "seed": seed,
             },
             optim_wrapper={
-                **WRAPPERS[machine.precision],  # which `run.begin` made definite
+                **WRAPPERS[run.precision],
                 "accumulative_counts": batch.accumulation,
                 "constructor": "SslbenchLayerDecay",
                 "paramwise_cfg": {"depth": job.depth, "optim": o},
