@@ -207,7 +207,7 @@ def test_ten_steps_repeat_the_committed_losses(name):
 def golden_losses(name):
     """Ten steps of a tiny ViT on 32 real images, in float64: float32 drifts with the CPU and the number of threads.
 
-    So do resampled views, whose levels round to one side or the other (MoCo v3's loss moved by 2 % from AVX-512 to AVX2),
+    So do resampled views, whose levels round to one side or the other (MoCo v3 moved by 2 % from AVX-512 to AVX2),
     and normal draws: each image of a view is a whole one here, moved and mirrored, and each weight a thousandth.
     """
     method = make(name).double()
