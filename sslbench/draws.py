@@ -41,8 +41,8 @@ def rand(shape: tuple[int, ...], generator: torch.Generator, batch: int = 0) -> 
     if not isinstance(generator, Draws):
         return torch.rand(shape, generator=generator, device=generator.device)
     whole = (*shape[:batch], generator.total, *shape[batch + 1 :])
-    found = torch.rand(whole, generator=generator.whole, device=generator.device)
-    return found.narrow(batch, generator.first, shape[batch])
+    drawn = torch.rand(whole, generator=generator.whole, device=generator.device)
+    return drawn.narrow(batch, generator.first, shape[batch])
 
 
 def rand_each(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -39,8 +39,8 @@ def term_gradients(losses: dict[str, Tensor], encoder: VisionTransformer, fabric
     vectors = {}
     for name, term in terms.items():
         weight = torch.autograd.grad(losses["loss"], term, retain_graph=True)[0]
-        found = torch.autograd.grad(term, parameters, weight * scale, retain_graph=True, allow_unused=True)
-        flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+        pulled = torch.autograd.grad(term, parameters, weight * scale, retain_graph=True, allow_unused=True)
+        flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, pulled, strict=True)]
         vector = torch.cat(flat).float() / scale
         vectors[name] = fabric.all_reduce(vector, reduce_op="mean") if fabric.world_size > 1 else vector
     norms = {name: v.norm() for name, v in vectors.items()}  # type: ignore[union-attr]
