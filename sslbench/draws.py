@@ -46,7 +46,7 @@ def rand(shape: tuple[int, ...], generator: torch.Generator, batch: int = 0) -> 
 
 
 def rand_each(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """As `rand`, the images in the first dimension, for what is too large to be drawn for the global batch.
+    """Draw as `rand` does, images in the first dimension, what is too large to be drawn for the global batch.
 
     Each image has a generator of its own, whose seed is by its number.
     """

@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
 
 
 def cores() -> int:
-    """That this process may run on."""
+    """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -93,7 +93,7 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console, link:
 
 
 def _calibrated(recipe: Recipe, batch: Batch, flops: float, seconds: float) -> Calibration:
-    """Of whole steps where they are quick enough, else of smaller ones, with the memory of the recipe's micro-batch."""
+    """Measure whole steps where they are quick enough, else smaller ones, and scale their memory to the micro-batch."""
     spec, there = _at_hand(recipe.science.data.spec)
     a_step = batch.total // batch.world  # images of a device
     affordable = min(_affordable(flops, seconds), there)

@@ -125,7 +125,7 @@ def dry(grid: Grid, console: Console) -> dict[str, Any]:
 
 
 def hours_per_step(row: ResolvedRow, cells: list[Cell]) -> float:
-    """Of a step of the row on this machine; 0 where nothing of it is left to train."""
+    """Time a step of the row on this machine; 0 where nothing of it is left to train."""
     its = [c for c in cells if c.row == row.name and c.steps and c.status != "done"]
     if not its or its[0].recipe is None or not its[0].steps:
         return 0.0

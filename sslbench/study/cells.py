@@ -194,7 +194,7 @@ def _there(cell: Cell, cells: list[Cell]) -> bool:
 
 
 def trial_cells(study: Study, rows: list[ResolvedRow]) -> list[Cell]:
-    """For each row the same trials, at the smallest budget, with a seed that no final run has."""
+    """Give each row the same trials, at the smallest budget, with a seed that no final run has."""
     if study.tune is None:
         return []
     smallest = min(map(parse_budget, study.budgets), key=lambda b: b.amount) if study.budgets else None

@@ -96,7 +96,7 @@ class Grid:
             )
 
     def look_again(self, failed: list[Cell]) -> None:
-        """As `look`, keeping what failed."""
+        """Do as `look` does, and remember what failed."""
         said = {id(c): (c.status, c.reason) for c in failed}
         self.look()
         for c in failed:

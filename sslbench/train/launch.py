@@ -65,7 +65,7 @@ def _number(*names: str, default: int | None = None) -> int:
 
 
 def first_process() -> bool:
-    """Of the processes of one run, the one that talks.
+    """Whether this is the one of a run's processes that talks.
 
     LOCAL_RANK and NODE_RANK are heeded where they can be meant: in a process that this suite started, and in a run for
     several devices or machines with MASTER_ADDR and MASTER_PORT beside them. A shell may have them left over.
@@ -115,7 +115,7 @@ def agree(machine: Machine) -> Machine:
 
 
 def leave_to_first() -> None:
-    """For what one process does: the others that were started with it end here."""
+    """End the processes that were started with the first one, for what one process does."""
     if not first_process():
         raise SystemExit(0)
 

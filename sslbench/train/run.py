@@ -96,12 +96,12 @@ class Run:
         return {k: v for k, v in self.costs().items() if k in self.cost}
 
     def wall_s(self) -> float:
-        """Of training so far, in this process and before."""
+        """How long it has trained so far, in this process and before."""
         return self.cost["wall_s"] + time.perf_counter() - self.began
 
-    def images_per_s(self, first: int) -> float:
-        """Of this process, which began at step `first`."""
-        return (self.steps - first) * self.job.batch_size / (time.perf_counter() - self.began)
+    def images_per_s(self, start: int) -> float:
+        """How fast this process trains, which began at step `start`."""
+        return (self.steps - start) * self.job.batch_size / (time.perf_counter() - self.began)
 
     def costs(self) -> dict[str, Any]:
         wall = time.perf_counter() - self.began

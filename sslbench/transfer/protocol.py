@@ -158,7 +158,7 @@ class TransferRecipe(Strict):
     machine: TransferMachine = TransferMachine()
 
     def protocol_hash(self) -> str:
-        """Of all that may change a number but the run and the seed."""
+        """12 hex digits over all that may change a number but the run and the seed."""
         return digest(self.science.model_dump(mode="json", exclude={"seed"}))
 
 

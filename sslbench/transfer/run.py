@@ -82,7 +82,7 @@ def scope_of(task: Any) -> Iterator[None]:
 
 
 def fingerprint_of(recipe: TransferRecipe, data: str | None) -> str:
-    """Of what `transfer` would score. UserError where that, or a library, is not there."""
+    """Which images `transfer` would score. UserError where that, or a library, is not there."""
     require()
     task = importlib.import_module(f".{recipe.science.protocol}", __package__)
     root = find_data(recipe.science.protocol, data)
@@ -144,7 +144,7 @@ class TransferJob:
         return scope_of(self.task)
 
     def flops_per_image(self) -> None:
-        """Not before the first iteration, which counts it: what the heads compute depends on what they find there."""
+        """None before the first iteration, which counts it: what the heads compute depends on what they find there."""
 
     def info(self) -> dict[str, Any]:
         return {
