@@ -15,9 +15,9 @@ from ..report.results import as_entries, result
 from ..study.budget import parse_budget
 from ..study.cells import Cell, ResolvedRow
 from ..study.cluster import submit
+from ..study.executor import duration
 from ..study.grid import Grid, as_answer
 from ..study.rank import Ranking
-from ..study.run import duration
 from ..study.spec import Study, check, studies, study_of, write_study
 from ..study.tables import study_named
 from .listing import show

@@ -11,9 +11,9 @@ from .. import ledger
 from ..data import data_name
 from ..errors import RunFailed, UserError, nearest
 from .cells import Cell, ResolvedRow, choose_factors, final_cells, rows_of, trial_cells, tuning_cost
+from .executor import carry_out
 from .measure import DataSets
 from .record import keep
-from .run import carry_out
 from .spec import Study
 
 
