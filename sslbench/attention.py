@@ -121,13 +121,15 @@ def through_linear(x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
 
 
 def through_product(a: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a @ b: gradient x input to both. Either sums to all of r, so the paper's normalisation halves them."""
+    """Pass relevance through a @ b: gradient x input to both. Either sums to all of r, so the paper's normalisation
+    halves them."""
     share = divide(r, a @ b) / 2
     return a * (share @ b.transpose(-2, -1)), b * (a.transpose(-2, -1) @ share)
 
 
 def through_sum(a: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a + b, (B, T, D): gradient x input to both, then rescaled to two positive sums that make up r's, by image."""
+    """Pass relevance through a + b, (B, T, D): gradient x input to both, then rescaled to two positive sums that make
+    up r's, by image."""
     share = divide(r, a + b)
     of_a, of_b = a * share, b * share
     sum_a, sum_b, total = (t.sum((1, 2), keepdim=True) for t in (of_a, of_b, r))

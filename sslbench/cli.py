@@ -20,8 +20,10 @@ from .errors import Interrupted, RunFailed, UserError, full, is_full, is_unusabl
 from .paths import expand
 from .train.launch import first_process, leave_to_first, refuse_several
 
-TOGETHER = ("pretrain", "eval", "transfer")  # what torchrun and srun may start as several processes
-ALONE = ("ablate", "quickstart", "study", "plan", "bench")  # more than one training, or its speed; else one does it
+# What torchrun and srun may start as several processes; and what is more than one training, or times one. All else is
+# done by the first of them.
+SEVERAL_PROCESSES = ("pretrain", "eval", "transfer")
+ONE_PROCESS = ("ablate", "quickstart", "study", "plan", "bench")
 
 
 class Group(TyperGroup):
@@ -29,9 +31,9 @@ class Group(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        if name in ALONE:
+        if name in ONE_PROCESS:
             refuse_several(name)
-        elif ctx.parent is None and name not in TOGETHER:
+        elif ctx.parent is None and name not in SEVERAL_PROCESSES:
             leave_to_first()
         return name, command, rest
 
@@ -131,8 +133,8 @@ def quickstart(
     from .commands.quickstart import quickstart as run
 
     with answer_of_failed(as_json):
-        found = run(minutes, seed, out, console(as_json))
-    answer(as_json, found)
+        answered = run(minutes, seed, out, console(as_json))
+    answer(as_json, answered)
 
 
 Arch = Annotated[str | None, typer.Option("--arch", help="Such as vit_b16; `sslbench list archs`.")]
@@ -305,9 +307,9 @@ def study(
 
     methods = [m.strip() for m in rows.split(",") if m.strip()] if rows else None
     with answer_of_failed(as_json):
-        found = run(name, console(as_json), rows=methods, budgets=budget, seeds=seeds, only=only, scale=scale,
+        answered = run(name, console(as_json), rows=methods, budgets=budget, seeds=seeds, only=only, scale=scale,
                     data=data, sets=sets, jobs=jobs, slurm=slurm, dry_run=dry_run)  # fmt: skip
-    answer(as_json, found)
+    answer(as_json, answered)
 
 
 @app.command()
@@ -324,8 +326,8 @@ def ablate(
     from .commands.ablate import ablate as run
 
     with answer_of_failed(as_json):
-        found = run(table, scale, seed, data, sets or [], dry_run, console(as_json))
-    answer(as_json, found)
+        answered = run(table, scale, seed, data, sets or [], dry_run, console(as_json))
+    answer(as_json, answered)
 
 
 @app.command()
@@ -448,9 +450,9 @@ def data_check(spec: str, as_json: Json = False) -> None:
     """Decode every image; say what was found and what cannot be read. Exit status 2 where a run would refuse it."""
     from .commands.listing import show_check
 
-    found = show_check(spec, console(as_json))
-    answer(as_json, found)
-    if not found["ok"]:
+    checked = show_check(spec, console(as_json))
+    answer(as_json, checked)
+    if not checked["ok"]:
         raise typer.Exit(2)
 
 

@@ -31,7 +31,7 @@ def bf16_is_fast(device: str) -> bool:
 
 @functools.cache
 def _bf16_gains() -> bool:
-    """By measuring, since a unit for it is not enough: AVX-512 BF16 is twice float32's rate on AMD's Zen 4, and half of
+    """Measure it, since a unit for it is not enough: AVX-512 BF16 is twice float32's rate on AMD's Zen 4, and half of
     it on Intel's cores since Sapphire Rapids (83 and 157 GFLOP/s on one core of an Emerald Rapids, its AMX masked)."""
     fastest = {}
     with torch.no_grad():
@@ -73,5 +73,5 @@ def keep_freed_memory() -> None:
 
 
 def device_hours(flops: float, device: str) -> float:
-    """Of one such device, at the assumed share of its peak: not measured."""
+    """How long one such device takes at the assumed share of its peak: not measured."""
     return flops / (PEAK_TFLOPS[device] * 1e12 * SHARE) / 3600

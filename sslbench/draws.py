@@ -41,12 +41,12 @@ def rand(shape: tuple[int, ...], generator: torch.Generator, batch: int = 0) -> 
     if not isinstance(generator, Draws):
         return torch.rand(shape, generator=generator, device=generator.device)
     whole = (*shape[:batch], generator.total, *shape[batch + 1 :])
-    found = torch.rand(whole, generator=generator.whole, device=generator.device)
-    return found.narrow(batch, generator.first, shape[batch])
+    drawn = torch.rand(whole, generator=generator.whole, device=generator.device)
+    return drawn.narrow(batch, generator.first, shape[batch])
 
 
 def rand_each(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """As `rand`, the images in the first dimension, for what is too large to be drawn for the global batch.
+    """Draw as `rand` does, images in the first dimension, what is too large to be drawn for the global batch.
 
     Each image has a generator of its own, whose seed is by its number.
     """

@@ -109,8 +109,8 @@ def _load(path: Path) -> list[type[Method]]:
 
 def methods() -> dict[str, type[Method]]:
     """Every method by name: each file in `methods/`, and the entry points of group `sslbench.methods`."""
-    found = {path.stem: c for path in sorted(bundled("methods").glob("*.py")) for c in _load(path)}
-    return found | {e.name: e.load() for e in _installed()}
+    in_folder = {path.stem: c for path in sorted(bundled("methods").glob("*.py")) for c in _load(path)}
+    return in_folder | {e.name: e.load() for e in _installed()}
 
 
 @functools.cache
@@ -133,6 +133,6 @@ def get_method(name: str) -> type[Method]:
             if c.__name__ == cls:
                 return c
         raise UserError(f"no Method named '{cls}' in {path}")
-    if found := methods().get(name):
-        return found
+    if method := methods().get(name):
+        return method
     raise UserError(f"unknown method '{name}'{nearest(name, methods())}")

@@ -46,19 +46,19 @@ def code() -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     transfer = ("mmengine", "mmcv", "mmdetection", "mmsegmentation")
     ours = ("sslbench", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
     for name in (*ours, *(f"onedl-{name}" for name in transfer), *transfer, "mmdet"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def cores() -> int:
-    """That this process may run on."""
+    """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -126,10 +126,10 @@ class EnergyMeter:
             except Exception:
                 return None
         try:  # of each socket; readable by root alone on most machines
-            found = [int(p.read_text()) for p in self.rapl.glob("intel-rapl:?/energy_uj")]
+            sockets = [int(p.read_text()) for p in self.rapl.glob("intel-rapl:?/energy_uj")]
         except OSError:
             return None
-        return sum(found) / 1e6 if found else None
+        return sum(sockets) / 1e6 if sockets else None
 
 
 class Spent:

@@ -29,14 +29,14 @@ def keep(method: str, id: str, right: np.ndarray) -> None:
 def read(ids: Iterable[str]) -> dict[str, np.ndarray]:
     """{record id: booleans (N,)} of those that are kept. A line that is torn or not ours is passed over: what it said
     can be measured again, and no number hangs on it."""
-    wanted, found = set(ids), {}
+    wanted, right = set(ids), {}
     for path in sorted(right_folder().glob("*.jsonl")):
         for line in path.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
                 if entry["id"] in wanted:
                     bits = np.frombuffer(zlib.decompress(base64.b85decode(entry["bits"])), np.uint8)
-                    found[entry["id"]] = np.unpackbits(bits, count=entry["n"]).astype(bool)
+                    right[entry["id"]] = np.unpackbits(bits, count=entry["n"]).astype(bool)
             except (ValueError, KeyError, TypeError, zlib.error):
                 continue
-    return found
+    return right

@@ -85,7 +85,7 @@ def ema_(target: nn.Module, source: nn.Module, momentum: float) -> None:
 
 
 def cosine_momentum(base: float, progress: float) -> float:
-    """From `base` to 1 along half a cosine (MoCo v3's moco-m-cos, BYOL)."""
+    """The momentum, which rises from `base` to 1 along half a cosine (MoCo v3's moco-m-cos, BYOL)."""
     return 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - base)
 
 

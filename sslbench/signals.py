@@ -53,9 +53,9 @@ class Signals:
             return False
         mine = (self.received is not None) + self.requeue  # 2: stop, and start again
         most: Any = fabric.all_reduce(torch.tensor(float(mine), device=fabric.device), reduce_op="max")
-        if (found := most.item()) > mine:
-            self.received = "SIGUSR1" if found == 2 else "a signal to another process"
-        return found > 0
+        if (agreed := most.item()) > mine:
+            self.received = "SIGUSR1" if agreed == 2 else "a signal to another process"
+        return agreed > 0
 
     def __exit__(self, *error: object) -> None:
         Signals.unheeded = self.received if error[0] is None else None

@@ -76,9 +76,9 @@ def crossed_interval(x: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     statistic: Callable[..., Any] = mean
     if len(seeds) == 1:  # scipy wants two of each
         data, statistic = (x[0],), np.mean
-    found = stats.bootstrap(data, statistic, n_resamples=RESAMPLES, batch=20, confidence_level=level, vectorized=True,
+    drawn = stats.bootstrap(data, statistic, n_resamples=RESAMPLES, batch=20, confidence_level=level, vectorized=True,
                             method="percentile", rng=np.random.default_rng(0))  # fmt: skip
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def holm(ps: dict[K, float]) -> dict[K, float]:

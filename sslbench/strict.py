@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeGuard, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,6 +12,8 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class Strict(BaseModel):
+    """A model that refuses keys that it does not know, and numbers that are not finite."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -32,21 +34,34 @@ def validate(model: type[T], tree: dict[str, Any], name: str, prefix: str = "") 
 
 
 def _follow(model: type[BaseModel] | None, loc: tuple[Any, ...]) -> tuple[list[str], list[str]]:
-    """(the key that `loc` is, as a user writes it, and the keys that there are beside it).
-
-    Of a union of models pydantic names the one it took, which is no part of the key.
-    """
+    """(the key that pydantic's `loc` is, part by part as a user writes it; the keys that there are beside it)."""
     path: list[str] = []
-    union: tuple[Any, ...] = ()
     known: list[str] = []
+    union: tuple[type[BaseModel], ...] = ()
     for part in map(str, loc):
-        chosen = next((m for m in union if any(part in get_args(f.annotation) for f in m.model_fields.values())), None)
-        if chosen:
-            model, union = chosen, ()
-            continue
-        known = list(model.model_fields) if model else []
-        annotation = model.model_fields[part].annotation if model and part in model.model_fields else None
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-        union = tuple(m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, BaseModel))
-        path.append(part)
+        if taken := _tagged(union, part):
+            model, union = taken, ()
+        else:
+            path.append(part)
+            known = list(model.model_fields) if model else []
+            model, union = _below(model, part)
     return path, known
+
+
+def _tagged(union: tuple[type[BaseModel], ...], tag: str) -> type[BaseModel] | None:
+    """The model of a union that has this tag: pydantic puts it into `loc`, where a user has no key for it."""
+    return next((m for m in union if any(tag in get_args(f.annotation) for f in m.model_fields.values())), None)
+
+
+def _below(model: type[BaseModel] | None, key: str) -> tuple[type[BaseModel] | None, tuple[type[BaseModel], ...]]:
+    """What may stand under a key: (a model, or None; the models of a union, if it is one)."""
+    if model is None or key not in model.model_fields:
+        return None, ()
+    annotation = model.model_fields[key].annotation
+    if _is_model(annotation):
+        return annotation, ()
+    return None, tuple(filter(_is_model, get_args(annotation)))
+
+
+def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

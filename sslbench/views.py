@@ -71,12 +71,12 @@ def place_boxes(
     # The central fallback; (8 x + 3) // 6 is 4/3 x, rounded.
     lesser: Any = torch.minimum if isinstance(h, Tensor) else min
     fall_w, fall_h = lesser(w, (8 * h + 3) // 6), lesser(h, (8 * w + 3) // 6)
-    found = fits.any(1, keepdim=True)
+    any_fits = fits.any(1, keepdim=True)
     return (
-        torch.where(found, top, (h - fall_h) // 2)[:, 0],
-        torch.where(found, left, (w - fall_w) // 2)[:, 0],
-        torch.where(found, box_h, fall_h)[:, 0],
-        torch.where(found, box_w, fall_w)[:, 0],
+        torch.where(any_fits, top, (h - fall_h) // 2)[:, 0],
+        torch.where(any_fits, left, (w - fall_w) // 2)[:, 0],
+        torch.where(any_fits, box_h, fall_h)[:, 0],
+        torch.where(any_fits, box_w, fall_w)[:, 0],
     )
 
 

@@ -44,11 +44,11 @@ def test_a_method_that_failed_is_not_said_to_have_learned(home, few_images):
     grid = Grid(study_of_all(["mae", "ocl"], 78.0, 0), None, None, [], [], planning=True)
     assert {c.budget for c in grid.cells} == {"78s", ""}
     for cell in grid.cells:
-        cell.found = {"knn_mean": number({UNTRAINED: 25.0, "mae": 40.0, "ocl": 35.0}[cell.row])}
+        cell.numbers = {"knn_mean": number({UNTRAINED: 25.0, "mae": 40.0, "ocl": 35.0}[cell.row])}
     assert "Every method ends above" in " ".join(notes(grid, 78))
-    grid.cells[0].found, grid.cells[0].status = {}, "failed"
+    grid.cells[0].numbers, grid.cells[0].status = {}, "failed"
     assert "above" not in " ".join(notes(grid, 78))
-    grid.cells[1].found = {"knn_mean": number(26.0)}
+    grid.cells[1].numbers = {"knn_mean": number(26.0)}
     assert "No clear k-NN gain over the untrained ViT: ocl (+1.0 points, noise 2.8)" in " ".join(notes(grid, 78)) or (
         "No clear k-NN gain over the untrained ViT: mae (+1.0 points, noise 2.8)" in " ".join(notes(grid, 78))
     )

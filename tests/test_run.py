@@ -18,7 +18,7 @@ from sslbench.errors import UserError
 from sslbench.recipe import compose
 from sslbench.train import loop
 from sslbench.train.job import Job
-from sslbench.train.launch import alone
+from sslbench.train.launch import leave_the_others
 from sslbench.train.state import load_checkpoint
 
 QUIET = Console(quiet=True)
@@ -109,7 +109,7 @@ def test_costs_add_up_over_resumptions_whatever_the_devices_were(home):
 def test_of_processes_that_had_nothing_left_to_train_only_the_first_scores(monkeypatch, rank):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 1, "RANK": rank}.items():
         monkeypatch.setenv(name, str(value))
-    assert alone() == (rank == 0)
+    assert leave_the_others() == (rank == 0)
 
 
 def test_a_method_that_is_in_no_commit_makes_the_code_dirty(tmp_path, monkeypatch):

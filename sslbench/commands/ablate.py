@@ -9,7 +9,7 @@ from rich.console import Console
 from ..errors import UserError, nearest
 from ..ledger import Record
 from ..recipe import Recipe, length
-from ..study.cells import Row, rows_of
+from ..study.cells import ResolvedRow, rows_of
 from ..study.grid import Grid
 from ..study.printed import paper_tables, read_paper
 from ..study.spec import Study, read_study, studies
@@ -44,7 +44,7 @@ def ablate(
     for row in rows:
         number = int(row.name) if row.name.isdigit() else row.name
         entry: dict[str, Any] = {"row": number, "setting": row.label, **reported.get(row.name, {})}
-        entry |= _plan(row.recipe) if dry_run else {r.metric: _number(r) for r in cells[row.name].found.values()}
+        entry |= _plan(row.recipe) if dry_run else {r.metric: _number(r) for r in cells[row.name].numbers.values()}
         entries.append(entry)
     console.print()
     show([{k.replace("_top1", ""): v for k, v in entry.items()} for entry in entries], console)
@@ -55,12 +55,12 @@ def ablate(
     return answer
 
 
-def _announce(study: Study, rows: list[Row], scale: str, seed: int, console: Console) -> None:
-    first = rows[0].recipe
+def _announce(study: Study, rows: list[ResolvedRow], scale: str, seed: int, console: Console) -> None:
+    recipe = rows[0].recipe
     measured_by = dict.fromkeys(e.recipe or e.protocol for row in rows for e in row.evaluations)
     console.print(
-        f"{study.name} at scale {scale}: {len(rows)} rows, {first.method} {first.science.arch} on "
-        f"{first.science.data.spec}, {first.science.epochs:g} epochs each, seed {seed}; measured by "
+        f"{study.name} at scale {scale}: {len(rows)} rows, {recipe.method} {recipe.science.arch} on "
+        f"{recipe.science.data.spec}, {recipe.science.epochs:g} epochs each, seed {seed}; measured by "
         f"{', '.join(measured_by)}\n"
     )
 

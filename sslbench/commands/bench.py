@@ -92,14 +92,14 @@ def _external(command: str) -> float:
         done = subprocess.run(shlex.split(command), capture_output=True, text=True)
     except (ValueError, OSError) as e:
         raise UserError(f"--against {command}: it cannot be run: {e}") from None
-    found = re.findall(r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?", (done.stdout.strip().splitlines() or [""])[-1])
-    if done.returncode or not found or not float(found[-1]):
+    numbers = re.findall(r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?", (done.stdout.strip().splitlines() or [""])[-1])
+    if done.returncode or not numbers or not float(numbers[-1]):
         last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
         raise UserError(
             f"--against {command}: exit status {done.returncode} ({last}); expected 0, and a last line of output that "
             f"ends in its images/s"
         )
-    return float(found[-1])
+    return float(numbers[-1])
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

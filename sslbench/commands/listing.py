@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from ..errors import UserError, nearest
 from ..paths import data_root, home, recipe_files
@@ -26,7 +26,7 @@ def show(rows: list[dict[str, Any]], console: Console, title: str | None = None)
     """Rows as a table that wraps in 80 columns."""
     if not rows:
         return
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = RichTable(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, (key, value) in enumerate(rows[0].items()):
         justify: Any = "right" if isinstance(value, int | float) else "left"
         # What a row is called is to be copied: never cut, never broken.
@@ -56,8 +56,8 @@ def _recipes() -> list[dict[str, Any]]:
     rows = []
     for kind in ("pretrain", "eval", "transfer", "studies"):
         for name, path in recipe_files(kind).items():
-            first = path.read_text().splitlines()[0].removeprefix("# ")
-            rows.append({"recipe": name, "kind": kind, "command": first})
+            head = path.read_text().splitlines()[0].removeprefix("# ")
+            rows.append({"recipe": name, "kind": kind, "command": head})
     return rows
 
 
@@ -102,23 +102,23 @@ def _runs() -> list[dict[str, Any]]:
 def show_check(spec: str, console: Console) -> dict[str, Any]:
     from ..data.check import check
 
-    found = check(spec)
-    for split, f in found["splits"].items():
+    checked = check(spec)
+    for split, f in checked["splits"].items():
         size = " x ".join(map(str, f["median_size"] or []))
         console.print(f"{split}: {f['images']:,} images, {f['classes']} classes, median size {size}, "
                       f"fingerprint {f['fingerprint']}, {len(f['corrupt'])} unreadable")  # fmt: skip
         for path in f["corrupt"]:
             console.print(f"  cannot be read: {path}", markup=False)
-    if found["missing"]:
-        console.print(f"enough to pre-train, not to evaluate: {found['missing']}", markup=False)
-    labels = found.get("labels", {"faults": [], "said": [], "missing": ""})
+    if checked["missing"]:
+        console.print(f"enough to pre-train, not to evaluate: {checked['missing']}", markup=False)
+    labels = checked.get("labels", {"faults": [], "said": [], "missing": ""})
     for said in (*labels["said"], *(f"`sslbench transfer` would refuse {fault}" for fault in labels["faults"])):
         console.print(said, markup=False)
     if labels["missing"]:
         console.print(f"no labels for `sslbench transfer`: {labels['missing']}", markup=False)
-    if not found["ok"] and not labels["faults"]:
+    if not checked["ok"] and not labels["faults"]:
         console.print("more than 0.1 % of a split cannot be read: a run would stop. Replace or remove those files")
-    return found
+    return checked
 
 
 def show_splits(spec: str, console: Console) -> list[dict[str, Any]]:
@@ -127,14 +127,14 @@ def show_splits(spec: str, console: Console) -> list[dict[str, Any]]:
     rows = []
     for split in ("train", "val"):
         try:
-            found = open_split(spec, split)
+            images = open_split(spec, split)
         except UserError as e:
             if split == "train":
                 raise
             console.print(f"no val split: {e}", markup=False)
             continue
-        labels = "no labels" if found.labels is None else f"{len(found.classes)} classes"
-        rows.append({"split": split, "images": len(found), "labels": labels, "fingerprint": found.fingerprint})
+        labels = "no labels" if images.labels is None else f"{len(images.classes)} classes"
+        rows.append({"split": split, "images": len(images), "labels": labels, "fingerprint": images.fingerprint})
     show(rows, console)
     return rows
 

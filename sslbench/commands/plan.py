@@ -8,7 +8,7 @@ import re
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Calibration:
     checkpoint: int
     weights: int
     data: str
+    scaled: bool = False  # whether its steps stand for larger ones, and memory_gib is of these
 
 
 def plan(recipe: Recipe, seconds: float, on: str | None, console: Console, link: str | None = None) -> dict[str, Any]:
@@ -70,38 +71,43 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console, link:
         if link:
             raise UserError("--link goes with what is measured on this machine; leave --on out")
         return _elsewhere(answer, on, console)
-    spec, there = _at_hand(s.data.spec)
-    mine = batch.total // batch.world  # images a step on one device
-    few = min(_affordable(flops, seconds), there)
-    whole = few >= mine
-    passes = min(batch.passes, 2)  # a gradient cache embeds twice, in however many passes
-    micro = batch.micro if whole else min(few, batch.micro, there // passes)
-    half = max(2, micro // 2)
-    scaled = not whole and micro < batch.micro
-    # The smaller first: what a process has once held it may keep.
-    b = calibrate(recipe, spec, there, half * passes, half, 0) if scaled else None
-    a = calibrate(recipe, spec, there, mine if whole else micro * passes, micro, seconds)
-    memory = a.memory_gib
-    if b:
-        memory += max(0.0, a.memory_gib - b.memory_gib) / max(1, micro - half) * (batch.micro - micro)
-    scale = mine / a.batch
+    c = _calibrated(recipe, batch, flops, seconds)
+    scale = batch.total // batch.world / c.batch
     looks, saves = math.ceil(steps / m.meters_every), math.ceil(steps / m.saves_every(per_epoch, steps))
-    wall = a.first_s * scale + a.step_s * scale * max(0, steps - 1) + a.look_s * scale * looks + a.save_s * saves
-    kept = min(KEEP, saves) * a.checkpoint + a.weights
+    wall = c.first_s * scale + c.step_s * scale * max(0, steps - 1) + c.look_s * scale * looks + c.save_s * saves
+    kept = min(KEEP, saves) * c.checkpoint + c.weights
     answer |= {
         "hours": wall / 3600,
         "device_hours": wall / 3600 * batch.world,
-        "peak_memory_gib": round(memory, 2),
+        "peak_memory_gib": round(c.memory_gib, 2),
         "disk_gib": round(kept / 2**30, 3),
-        "disk_peak_gib": round(max(kept, min(KEEP + 1, saves) * a.checkpoint) / 2**30, 3),  # before the oldest goes
+        "disk_peak_gib": round(max(kept, min(KEEP + 1, saves) * c.checkpoint) / 2**30, 3),  # before the oldest goes
         "images_per_s": steps * batch.total / wall if wall else None,
-        "calibration": {"images_a_step": a.batch, "data": a.data, "scaled": not whole},
+        "calibration": {"images_a_step": c.batch, "data": c.data, "scaled": c.scaled},
         "hardware": provenance.hardware(default_device().type, batch.world),
     }
     _show(answer, batch, console)
     if batch.world > 1:
-        _scaling(answer, batch, a.step_s * scale, rate, console)
+        _scaling(answer, batch, c.step_s * scale, rate, console)
     return answer
+
+
+def _calibrated(recipe: Recipe, batch: Batch, flops: float, seconds: float) -> Calibration:
+    """Measure whole steps where they are quick enough, else smaller ones, and scale their memory to the micro-batch."""
+    spec, there = _at_hand(recipe.science.data.spec)
+    a_step = batch.total // batch.world  # images of a device
+    affordable = min(_affordable(flops, seconds), there)
+    if affordable >= a_step:
+        return calibrate(recipe, spec, there, a_step, batch.micro, seconds)
+    passes = min(batch.passes, 2)  # a gradient cache embeds twice, in however many passes
+    micro = min(affordable, batch.micro, there // passes)
+    if micro == batch.micro:
+        return replace(calibrate(recipe, spec, there, micro * passes, micro, seconds), scaled=True)
+    half = max(2, micro // 2)
+    smaller = calibrate(recipe, spec, there, half * passes, half, 0)  # first, for a process may keep what it held
+    larger = calibrate(recipe, spec, there, micro * passes, micro, seconds)
+    an_image = max(0.0, larger.memory_gib - smaller.memory_gib) / max(1, micro - half)
+    return replace(larger, memory_gib=larger.memory_gib + an_image * (batch.micro - micro), scaled=True)
 
 
 def _at_hand(spec: str) -> tuple[str, int]:
@@ -141,12 +147,12 @@ def calibrate(recipe: Recipe, spec: str, images: int, batch: int, micro: int, se
             began = time.perf_counter()
             fit(Job(short), Path(folder), Console(quiet=True), progress=False)
             took = time.perf_counter() - began
-            found = _read(Path(folder), batch, spec)
+            measured = _read(Path(folder), batch, spec)
         more = int(min(200, steps * seconds / took))
         if more < 2 * steps:
             break
         steps = more
-    return found
+    return measured
 
 
 def _read(folder: Path, batch: int, data: str) -> Calibration:
@@ -193,10 +199,10 @@ def bytes_sent(recipe: Recipe, batch: Batch) -> float:
 
 def _rate(link: str) -> float:
     """100Gb/s -> bytes a second."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])(b|B)(?:it|yte)?(?:/s|ps)?", link)
-    if not found or not float(found[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])(b|B)(?:it|yte)?(?:/s|ps)?", link)
+    if not match or not float(match[1]):
         raise UserError(f"--link {link}: expected a rate such as 100Gb/s (bits) or 12GB/s (bytes)")
-    return float(found[1]) * {"G": 1e9, "M": 1e6}[found[2]] / (8 if found[3] == "b" else 1)
+    return float(match[1]) * {"G": 1e9, "M": 1e6}[match[2]] / (8 if match[3] == "b" else 1)
 
 
 def _scaling(answer: dict[str, Any], batch: Batch, step_s: float, rate: float | None, console: Console) -> None:
@@ -214,12 +220,12 @@ def _scaling(answer: dict[str, Any], batch: Batch, step_s: float, rate: float | 
 
 
 def _elsewhere(answer: dict[str, Any], on: str, console: Console) -> dict[str, Any]:
-    found = re.fullmatch(r"([A-Za-z0-9]+?)(?:x([1-9]\d*))?", on)
-    name = next((k for k in PEAK_TFLOPS if found and k.lower() == found[1].lower()), None)
-    if name is None or found is None:
+    match = re.fullmatch(r"([A-Za-z0-9]+?)(?:x([1-9]\d*))?", on)
+    name = next((k for k in PEAK_TFLOPS if match and k.lower() == match[1].lower()), None)
+    if name is None or match is None:
         raise UserError(f"--on {on}: expected DEVICExN, such as A100x4{nearest(on, PEAK_TFLOPS)}; "
                         f"known: {', '.join(PEAK_TFLOPS)}")  # fmt: skip
-    devices = int(found[2] or 1)
+    devices = int(match[2] or 1)
     hours = device_hours(answer["flops"], name) / devices
     answer |= {"hours": hours, "device_hours": hours * devices, "on": f"{name}x{devices}", "assumed_share": SHARE}
     console.print(

@@ -44,7 +44,7 @@ def quickstart(minutes: float, seed: int, out: Path | None, console: Console) ->
     study = study_of_all(names, seconds, seed)
     grid = Grid(study, None, None, [], [])
     grid.execute(jobs, console)
-    ids = {r.id for c in grid.cells for r in c.found.values()}
+    ids = {r.id for c in grid.cells for r in c.numbers.values()}
     records = {r.id: r for r in ledger.read() if r.id in ids}
     shown = result(grid.keep(), records)
     folder = out or home() / "results" / "report"
@@ -73,7 +73,7 @@ def notes(grid: Grid, seconds: float) -> list[str]:
         f"Each method trained for {seconds:.0f} s on this machine. Papers train thousands of times longer: read this "
         "page as a check that everything runs and learns, not as a ranking."
     )
-    knn = {c.row: {n: r for n, r in c.found.items() if n.startswith("knn")} for c in grid.cells}
+    knn = {c.row: {n: r for n, r in c.numbers.items() if n.startswith("knn")} for c in grid.cells}
     untrained = knn.pop(UNTRAINED, {})
     gains = {row: better_gain(its, untrained) for row, its in knn.items() if its and untrained}
     flat = [f"{row} ({gain:+.1f} points, noise {noise:.1f})" for row, (gain, noise) in gains.items() if gain < noise]

@@ -49,7 +49,7 @@ def model_of(clone: Path, recipe: Any) -> nn.Module:
 
 
 def images_per_s(model: nn.Module, recipe: Any, seconds: float) -> float:
-    """Of the median training step in bf16 autocast, after two to warm up."""
+    """Time training steps in bf16 autocast; the median counts, after two to warm up."""
     s = recipe.science
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)

@@ -40,11 +40,11 @@ class Target:
         return f"{self.method} {self.arch}, {self.figure}"
 
 
-ARCHS = {"vit_b16": (64, 1.45), "vit_ti4": (256, 1.5)}  # on a CPU: the batch, and how far ahead MAE is to be
+MAE_ON_CPU = {"vit_b16": (64, 1.45), "vit_ti4": (256, 1.5)}  # on a CPU: the batch, and how far ahead MAE is to be
 TARGETS = [
     *(
         target
-        for arch, (batch, ahead) in ARCHS.items()
+        for arch, (batch, ahead) in MAE_ON_CPU.items()
         for target in (
             Target("mae", arch, "times MAE's code", ahead, "CPU", batch),
             Target("mae", arch, "times MAE's code, attention spelt out", None, "CPU", batch),
@@ -52,7 +52,7 @@ TARGETS = [
     ),
     *(
         Target(method, arch, "of MAE's FLOP/s", 0.9, "CPU", batch)
-        for arch, (batch, _) in ARCHS.items()
+        for arch, (batch, _) in MAE_ON_CPU.items()
         for method in ("ocl", "asl", "ccmim", "macrl", "mocov3")
     ),
     Target("ocl", "vit_l16", "images/s", 2141, "H200", 256),

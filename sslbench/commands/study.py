@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from .. import ledger
 from ..errors import UserError, nearest
@@ -13,11 +13,11 @@ from ..paths import home
 from ..recipe import parse_sets
 from ..report.results import as_entries, result
 from ..study.budget import parse_budget
-from ..study.cells import Cell, Row
+from ..study.cells import Cell, ResolvedRow
 from ..study.cluster import submit
+from ..study.executor import duration
 from ..study.grid import Grid, as_answer
 from ..study.rank import Ranking
-from ..study.run import duration
 from ..study.spec import Study, check, studies, study_of, write_study
 from ..study.tables import study_named
 from .listing import show
@@ -71,33 +71,33 @@ def _named(
         return study_of(rows, budgets or [], seeds or 1, data, parse_sets(sets).get("science", {}))
     if not name:
         raise UserError(f"name a study or give --rows METHOD,METHOD{nearest('', studies())}")
-    found = study_named(name)
+    named = study_named(name)
     if budgets:
-        found.budgets = budgets
-        if isinstance(found.seeds, dict) and seeds is None:
-            found.seeds = max(len(found.seeds_at(parse_budget(b))) for b in found.seeds)
+        named.budgets = budgets
+        if isinstance(named.seeds, dict) and seeds is None:
+            named.seeds = max(len(named.seeds_at(parse_budget(b))) for b in named.seeds)
     if seeds is not None:
-        found.seeds = seeds
-    return check(found)
+        named.seeds = seeds
+    return check(named)
 
 
 def answer_of(grid: Grid, console: Console) -> dict[str, Any]:
-    found = result(grid.keep(), {r.id: r for r in ledger.read()})
-    for ranking in found.rankings:
-        show_ranking(ranking, found.beside[ranking.budget], console)
-    if not found.rankings:
-        for budget, rows in found.beside.items():
+    results = result(grid.keep(), {r.id: r for r in ledger.read()})
+    for ranking in results.rankings:
+        show_ranking(ranking, results.beside[ranking.budget], console)
+    if not results.rankings:
+        for budget, rows in results.beside.items():
             console.print(f"\n{budget}, which differ: nothing is ranked", markup=False)
             show([{"row": row, **values} for row, values in rows.items()], console)
-    for note in found.notes:
+    for note in results.notes:
         console.print(note, markup=False, soft_wrap=False)
     return {
         "study": grid.name,
         "hash": grid.study.hash(),
         "cells": grid.listed(),
         "chosen": grid.factors,
-        "ranking": [entry for r in found.rankings for entry in as_entries(r)],
-        "sentences": [r.sentence for r in found.rankings],
+        "ranking": [entry for r in results.rankings for entry in as_entries(r)],
+        "sentences": [r.sentence for r in results.rankings],
     }
 
 
@@ -124,8 +124,8 @@ def dry(grid: Grid, console: Console) -> dict[str, Any]:
     return {"study": grid.name, "hash": grid.study.hash(), "cells": listed, "hours": todo, "ranking": []}
 
 
-def hours_per_step(row: Row, cells: list[Cell]) -> float:
-    """Of a step of the row on this machine; 0 where nothing of it is left to train."""
+def hours_per_step(row: ResolvedRow, cells: list[Cell]) -> float:
+    """Time a step of the row on this machine; 0 where nothing of it is left to train."""
     its = [c for c in cells if c.row == row.name and c.steps and c.status != "done"]
     if not its or its[0].recipe is None or not its[0].steps:
         return 0.0
@@ -149,14 +149,16 @@ def _line(e: dict[str, Any]) -> dict[str, Any]:
 def show_ranking(r: Ranking, beside: dict[str, dict[str, str]], console: Console) -> None:
     """The ranked table in 80 columns: the main metric, differences to the first and to each control, then the rest."""
     controls = [s.row for s in r.rows if s.control]
-    table = Table(title=f"{r.budget}, {r.metric}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = RichTable(
+        title=f"{r.budget}, {r.metric}", title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
     table.add_column("")
     table.add_column("row", overflow="fold")
     for head in (r.metric, "- first", *(f"- {c}" for c in controls)):
         table.add_column(head, justify="right")
-    first = r.rows[0].row
+    best = r.rows[0].row
     for place, s in enumerate(r.rows, 1):
-        against = [first, *controls]
+        against = [best, *controls]
         cells = [str(d).replace(", p", "\np") if (d := r.between(s.row, other)) else "" for other in against]
         table.add_row(str(place), s.row, str(s), *cells)
     console.print()

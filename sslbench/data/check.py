@@ -26,9 +26,9 @@ def check(spec: str) -> dict[str, Any]:
             numbered_alike(splits["train"], splits["val"], spec)
     except UserError as e:  # enough to pre-train
         missing = str(e)
-    found = {name: _describe(data) for name, data in splits.items()}
-    ok = all(len(f["corrupt"]) <= CORRUPT_LIMIT * f["images"] for f in found.values())
-    answer = {"spec": spec, "ok": ok, "splits": found, "missing": missing}
+    described = {name: _describe(data) for name, data in splits.items()}
+    ok = all(len(f["corrupt"]) <= CORRUPT_LIMIT * f["images"] for f in described.values())
+    answer = {"spec": spec, "ok": ok, "splits": described, "missing": missing}
     if labels := check_labels(spec):
         answer |= {"labels": labels, "ok": ok and not labels["faults"]}
     return answer

@@ -20,14 +20,14 @@ def open_hub(where: str, split: str, words: tuple[str, ...]) -> HubImages:
         raise UserError(f"data '{spec}' needs Hugging Face's datasets: pip install 'sslbench[hf]'") from None
     folder = Path(where).expanduser()
     try:
-        found: Any = datasets.load_from_disk(str(folder)) if folder.is_dir() else datasets.load_dataset(where)
+        splits: Any = datasets.load_from_disk(str(folder)) if folder.is_dir() else datasets.load_dataset(where)
     except Exception as e:  # files, network, hub and builders raise many kinds
         raise UserError(f"data '{spec}' cannot be loaded: {' '.join(str(e).split())[:200]}") from None
-    word = next((w for w in words if isinstance(found, dict) and w in found), None)
+    word = next((w for w in words if isinstance(splits, dict) and w in splits), None)
     if word is None:
-        has = ", ".join(found) if isinstance(found, dict) else "one set without splits"
+        has = ", ".join(splits) if isinstance(splits, dict) else "one set without splits"
         raise UserError(f"data '{spec}': no {split} split; expected {', '.join(words)}, found {has}")
-    rows = found[word]
+    rows = splits[word]
     images = [k for k, v in rows.features.items() if isinstance(v, datasets.Image)]
     if len(images) != 1:
         raise UserError(f"data '{spec}': expected one column of images, found {', '.join(images) or 'none'}")

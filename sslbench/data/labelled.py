@@ -96,17 +96,17 @@ def open_coco(root: Path, split: str) -> Labelled:
     """A split of COCO's layout, every annotation and photograph looked at. UserError where the layout is another."""
     source, images = locate(root, split)
     tree = read_instances(source)
-    found = Labelled(source, images, [], tree)
+    labelled = Labelled(source, images, [], tree)
     try:
         wrong = _faults(tree, split)
     except TypeError as e:  # a list or a mapping
         raise UserError(f"{source}: every id is to be a number, and one is not ({e})") from None
     if not wrong:
-        found.files = [images / i["file_name"] for i in tree["images"]]
-        wrong = _compare(tree, found)
-    found.faults = wrong.sentences(source)
-    found.said += [] if found.faults else [f"{source}: {said}" for said in mend(tree)]
-    return found
+        labelled.files = [images / i["file_name"] for i in tree["images"]]
+        wrong = _compare(tree, labelled)
+    labelled.faults = wrong.sentences(source)
+    labelled.said += [] if labelled.faults else [f"{source}: {said}" for said in mend(tree)]
+    return labelled
 
 
 def locate(root: Path, split: str) -> tuple[Path, Path]:
@@ -219,14 +219,14 @@ def _mask_problem(mask: Any, size: list[int]) -> str:
     return ""
 
 
-def _compare(tree: dict[str, Any], found: Labelled) -> Findings:
-    """Photographs that cannot be read or have not the size that the file says; sets `found.turned` and `.said`."""
-    wrong, facts = Findings(), examine("photographs", found.files, look_at_photograph)
+def _compare(tree: dict[str, Any], split: Labelled) -> Findings:
+    """Photographs that cannot be read or have not the size that the file says; sets `split.turned` and `.said`."""
+    wrong, facts = Findings(), examine("photographs", split.files, look_at_photograph)
     missing = [i["file_name"] for i, fact in zip(tree["images"], facts, strict=True) if fact == "is not there"]
     if missing:
-        wrong.add(f"{len(missing)} of the {len(facts)} images are not there, under {found.images}", missing[0])
+        wrong.add(f"{len(missing)} of the {len(facts)} images are not there, under {split.images}", missing[0])
     labelled = [("the file says", (i["width"], i["height"])) for i in tree["images"]]
-    _orient(found, found.files, facts, labelled, wrong)
+    _orient(split, split.files, facts, labelled, wrong)
     return wrong
 
 
@@ -303,7 +303,7 @@ def _files(folder: Path, end: str) -> dict[str, Path]:
     return {p.relative_to(folder).as_posix().removesuffix(end): p for p in paths}
 
 
-def _compare_maps(found: Labelled, photographs: list[Path], maps: list[Path]) -> Findings:
+def _compare_maps(split: Labelled, photographs: list[Path], maps: list[Path]) -> Findings:
     wrong = Findings()
     of_maps = examine("maps", maps, look_at_map)
     labelled: list[tuple[str, Size | None]] = []
@@ -319,7 +319,7 @@ def _compare_maps(found: Labelled, photographs: list[Path], maps: list[Path]) ->
     if not any(isinstance(fact, str) or fact[3] for fact in of_maps):
         wrong.add("no map has a pixel of a category, 1 to 150", f"{len(maps)} maps")
     facts = examine("photographs", photographs, look_at_photograph)
-    _orient(found, photographs, facts, labelled, wrong)
+    _orient(split, photographs, facts, labelled, wrong)
     return wrong
 
 
@@ -327,7 +327,7 @@ def _compare_maps(found: Labelled, photographs: list[Path], maps: list[Path]) ->
 
 
 def _orient(
-    found: Labelled,
+    split: Labelled,
     files: list[Path],
     facts: list[Facts | str],
     labelled: Iterable[tuple[str, Size | None]],
@@ -354,12 +354,12 @@ def _orient(
         else:
             sizes = f"{path} has {stored[0]} x {stored[1]}, {who} {size[0]} x {size[1]}"
             wrong.add("photographs of another size than their labels", sizes)
-    found.turned = frozenset(as_tagged)
+    split.turned = frozenset(as_tagged)
     if as_tagged:
-        found.said.append(
-            f"{found.source}: {len(as_tagged):,} photographs are turned as their EXIF tag says, as their labels are"
+        split.said.append(
+            f"{split.source}: {len(as_tagged):,} photographs are turned as their EXIF tag says, as their labels are"
         )
-    found.said += undecided.sentences(found.source)
+    split.said += undecided.sentences(split.source)
 
 
 READERS = {"coco": open_coco, "ade20k": open_ade20k}

@@ -21,17 +21,17 @@ def published(path: Path, split: str) -> Listing | None:
     iNaturalist 2018 and 2019: train2018.json and val2018.json beside the images that they name.
     """
     if (path / "setid.mat").is_file():
-        found = _flowers(path, split)
+        listed = _flowers(path, split)
     elif lists := sorted(path.glob(f"{split}20[0-9][0-9].json")):
-        found = _inaturalist(lists[0])
+        listed = _inaturalist(lists[0])
     else:
         return None
-    files, _, _ = found
+    files, _, _ = listed
     if lacking := [f for f in files if not (path / f).is_file()]:
         raise UserError(
             f"{path} lacks {len(lacking)} of the {len(files)} images of its {split} list: {lacking[0]}, ..."
         )
-    return found
+    return listed
 
 
 def _flowers(path: Path, split: str) -> Listing:

@@ -161,9 +161,9 @@ class MicroBatches:
         """RunFailed where too many files of the set could not be read; of several ranks, to be asked by all together,
         each of which knows those that it came upon."""
         if self.world > 1 and self.resident is None:
-            found: list[Any] = [None] * self.world
-            dist.all_gather_object(found, self.corrupt)
-            self.corrupt.update(*found)
+            of_all: list[Any] = [None] * self.world
+            dist.all_gather_object(of_all, self.corrupt)
+            self.corrupt.update(*of_all)
         if len(self.corrupt) > CORRUPT_LIMIT * len(self.data):
             raise _too_many(self.data, self.corrupt)
 
@@ -226,8 +226,8 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[int]]:
         epoch, index = key
-        views, found, corrupt = _readable(self.data, index, lambda image: self._crops(image, epoch, index))
-        return self._finish(views, epoch, index, found, corrupt)
+        views, read, corrupt = _readable(self.data, index, lambda image: self._crops(image, epoch, index))
+        return self._finish(views, epoch, index, read, corrupt)
 
     def _draw(self, epoch: int, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of("crop", self.seed, epoch, index))
@@ -238,13 +238,13 @@ class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
         return decoded_crops(image, boxes.tolist(), self.size, self.interpolation)
 
     def _finish(
-        self, views: list[Tensor], epoch: int, index: int, found: int, corrupt: list[int]
+        self, views: list[Tensor], epoch: int, index: int, read: int, corrupt: list[int]
     ) -> tuple[Tensor, int, list[int]]:
         if self.distort:
             with host_seed(seed_of("distort", self.seed, epoch, index)):
                 pictures = [self.distort(Image.fromarray(view.permute(1, 2, 0).numpy())) for view in views]
             views = [to_tensor(picture) for picture in pictures]
-        label = -1 if self.data.labels is None else int(self.data.labels[found])
+        label = -1 if self.data.labels is None else int(self.data.labels[read])
         return torch.stack(views), label, corrupt
 
 

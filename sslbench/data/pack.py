@@ -69,8 +69,8 @@ def _pack(spec: str, out: Path, size: int, console: Console, signals: Signals) -
         console.print(f"{split}: {part['images']:,} images, {kept}, fingerprint {part['fingerprint']}")
     console.print(f"read it with --data packed:{out}", markup=False)
     keys = ("images", "shrunk", "bytes", "fingerprint")
-    found = {split: {k: part[k] for k in keys} for split, part in written.items()}
-    return {"data": f"packed:{out}", "name": name, "splits": found}
+    shown = {split: {k: part[k] for k in keys} for split, part in written.items()}
+    return {"data": f"packed:{out}", "name": name, "splits": shown}
 
 
 def _write_whole(
@@ -147,11 +147,11 @@ def _write(data: ImageSet, folder: Path, size: int, signals: Signals) -> dict[st
             file.write(data.images.contiguous().numpy().data)
         else:
             for start in bar.track(range(0, len(data), CHUNK), description=data.split):
-                for i, found in enumerate(pool.map(prepare, range(start, min(start + CHUNK, len(data)))), start):
-                    if found is None:
+                for i, prepared in enumerate(pool.map(prepare, range(start, min(start + CHUNK, len(data)))), start):
+                    if prepared is None:
                         bad.append(data.where(i))
                     elif not bad:  # what is left is only looked at: nothing will be kept
-                        pixels, changed = found
+                        pixels, changed = prepared
                         file.write(pixels.data)
                         table.append((end, *pixels.shape[:2], zlib.crc32(pixels)))
                         end, shrunk = end + pixels.nbytes, shrunk + changed

@@ -42,11 +42,11 @@ def examine(name: str, files: list[Path], look: Callable[[Path], Facts]) -> list
         return json.loads(kept.read_text())
     began = time.perf_counter()
     with ThreadPoolExecutor(cores()) as pool:  # PIL leaves the other threads alone while it decodes
-        found = list(pool.map(lambda file: _tried(look, file), files))
-    if time.perf_counter() - began > WORTH_KEEPING and not any(isinstance(facts, str) for facts in found):
+        facts_of_all = list(pool.map(lambda file: _tried(look, file), files))
+    if time.perf_counter() - began > WORTH_KEEPING and not any(isinstance(facts, str) for facts in facts_of_all):
         with contextlib.suppress(OSError, RunFailed):  # no place to write to: looked at again next time
-            write_atomically(kept, json.dumps(found).encode())
-    return found
+            write_atomically(kept, json.dumps(facts_of_all).encode())
+    return facts_of_all
 
 
 def _tried(look: Callable[[Path], Facts], file: Path) -> Facts | str:

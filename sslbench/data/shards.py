@@ -38,14 +38,14 @@ def open_shards(path: Path, split: str) -> ShardImages:
             ) from None
     if not places:
         raise UserError(f"data 'wds:{path}': no images in {shards[0].name} to {shards[-1].name}")
-    found = [labels[key] for key in places] if places.keys() <= labels.keys() else None
-    if found is not None and min(found) < -1:  # -1: not known
-        raise UserError(f"data 'wds:{path}': classes must be integers from 0 on, found {min(found)}")
+    numbers = [labels[key] for key in places] if places.keys() <= labels.keys() else None
+    if numbers is not None and min(numbers) < -1:  # -1: not known
+        raise UserError(f"data 'wds:{path}': classes must be integers from 0 on, found {min(numbers)}")
     return ShardImages(
         path.resolve().name,
         split,
         shards,
         torch.tensor(list(places.values())),
-        None if found is None else torch.tensor(found),
-        [] if found is None else [str(i) for i in range(max(found) + 1)],
+        None if numbers is None else torch.tensor(numbers),
+        [] if numbers is None else [str(i) for i in range(max(numbers) + 1)],
     )

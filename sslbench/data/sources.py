@@ -246,8 +246,8 @@ def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderIma
     path, only = _class_list(path)
     if not path.is_dir():
         raise UserError(f"data '{kind}:{path}': no such folder. {HINT}")
-    if not only and (found := published(path, split)):
-        files, numbers, classes = found
+    if not only and (of_publisher := published(path, split)):
+        files, numbers, classes = of_publisher
         return FolderImages(path.resolve().name, split, path, files, torch.tensor(numbers), classes)
     root = next((path / word for word in SPLITS[split] if (path / word).is_dir()), None)
     if root is None and split == "val" and whole:

@@ -23,7 +23,7 @@ from ..recipe import Machine, find_recipe, merge, parse_sets, read_tree
 from ..recipe.settings import shorten_warmup
 from ..stats import mean_interval
 from ..strict import Strict, validate
-from ..train.launch import alone, launched, leave_to_first
+from ..train.launch import launched, leave_the_others, leave_to_first
 from ..train.loop import fit
 from ..train.run import read_run
 from .features import Subject, contents, extract, find_weights, fine_tuned, newest_run, open_subject, view_of
@@ -248,7 +248,7 @@ def _train_and_score(
     job: LabelledJob = kind(recipe, subject, spec, train, s.pool or subject.pool, seed, val)  # type: ignore[union-attr]
     folder = home() / "runs" / job.folder_name
     fit(job, folder, console)
-    if not alone():
+    if not leave_the_others():
         raise SystemExit(0)
     info = read_run(folder)
     images = contents(val)

@@ -59,7 +59,7 @@ class Batch(BaseModel):
 
     @classmethod
     def divide(cls, total: int, machine: Machine) -> Batch:
-        """For what looks at each image alone."""
+        """The batch of what looks at each image by itself, so that any division of it computes the same."""
         world = machine.devices * machine.nodes
         micro = machine.micro_batch or total // world
         return cls._exact(total, micro, world, total, "machine.micro_batch")

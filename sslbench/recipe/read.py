@@ -104,8 +104,8 @@ def choose(method: str, arch: str | None, spec: str | None) -> Path:
             return small or named[0]
     if arch:
         of_arch = [f"{arch}_imagenet", *(name for name in known if name.startswith(arch + "_"))]
-        if found := next((known[name] for name in of_arch if name in known), None):
-            return found
+        if nearest_path := next((known[name] for name in of_arch if name in known), None):
+            return nearest_path
     fallback = known.get("vit_b16_imagenet") or next(iter(known.values()), None)
     if fallback is None:
         raise UserError(

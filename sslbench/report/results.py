@@ -40,7 +40,7 @@ class Result:
 
 
 def results() -> list[Result]:
-    """Of every study that is kept, by name."""
+    """The results of every study that is kept, by name."""
     kept = [read_record(path) for path in sorted(studies_folder().glob("*.json"))]
     records = {r.id: r for r in ledger.read()} if kept else {}
     return [result(record, records) for record in kept]
@@ -82,7 +82,7 @@ def _found(cells: list[dict[str, Any]], records: dict[str, Record]) -> Found:
 
 
 def _at(found: Found, row: str, budget: str) -> dict[str, list[Record]]:
-    """Of a row at a budget; the untrained ViT has none and stands at each."""
+    """What a row has at a budget; the untrained ViT has none and stands at each."""
     return found.get((row, budget)) or found.get((row, ""), {}) if row == UNTRAINED else found.get((row, budget), {})
 
 

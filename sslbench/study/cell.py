@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 
 from ..errors import Interrupted, RunFailed, UserError
-from .run import do, from_json
+from .executor import do, from_json
 
 
 def main() -> int:

@@ -39,13 +39,13 @@ class Cell:
     flops: float | None = None
     factor: float | None = None  # of a trial: what its lr is multiplied by
     tuning: dict[str, Any] | None = None  # what the trials took that chose the lr
-    found: dict[str, Record] = field(default_factory=dict)
+    numbers: dict[str, Record] = field(default_factory=dict)  # what the ledger has of it, by measure
     status: str = "open"  # then running, done, failed, interrupted
     reason: str = ""
 
     @property
     def missing(self) -> list[Measure]:
-        return [m for m in self.measures if m.name not in self.found]
+        return [m for m in self.measures if m.name not in self.numbers]
 
     def name(self) -> str:
         trial = "" if self.factor is None else f" lr x {self.factor:g}"
@@ -56,7 +56,7 @@ class Cell:
 
         planning: data that is not on this machine has no numbers. Else it is a UserError.
         """
-        self.found = {}
+        self.numbers = {}
         for m in self.measures:
             try:
                 identity = m.identity(sets)
@@ -66,7 +66,7 @@ class Cell:
                 raise
             same = [r for r in records if self._is(r, identity, sets)]
             if same:
-                self.found[m.name] = max(same, key=lambda r: (r.created, r.id))
+                self.numbers[m.name] = max(same, key=lambda r: (r.created, r.id))
         if not self.missing:
             self.status = "done"
 
@@ -85,7 +85,7 @@ class Cell:
 
 
 @dataclass
-class Row:
+class ResolvedRow:
     """A row with its recipe as it stands before any budget."""
 
     name: str
@@ -94,7 +94,7 @@ class Row:
     evaluations: list[Evaluation]
 
 
-def rows_of(study: Study, scale: str | None, data: str | None, sets: list[str]) -> list[Row]:
+def rows_of(study: Study, scale: str | None, data: str | None, sets: list[str]) -> list[ResolvedRow]:
     """Every row's recipe, resolved. A wrong row stops the study before anything runs."""
     level, out = study.at(scale), []
     scale = scale or next(iter(study.scales), None)
@@ -109,7 +109,7 @@ def rows_of(study: Study, scale: str | None, data: str | None, sets: list[str]) 
         if not by and scale == "paper":
             by = [Evaluation(protocol=e.kind, recipe=e.recipe, set=[*e.sets])
                   for e in evaluations_printed(study.name, str(name))]  # fmt: skip
-        out.append(Row(str(name), row.label or str(name), recipe, by or QUICK))
+        out.append(ResolvedRow(str(name), row.label or str(name), recipe, by or QUICK))
     return out
 
 
@@ -126,7 +126,7 @@ def trained(row: str, recipe: Recipe, budget: Budget | None, seed: int, warmup: 
     return Cell(row, budget.text if budget else "", seed, recipe, run_name(recipe), [], steps, cost)
 
 
-def final_cells(study: Study, level: Level, rows: list[Row], factors: dict[str, float]) -> list[Cell]:
+def final_cells(study: Study, level: Level, rows: list[ResolvedRow], factors: dict[str, float]) -> list[Cell]:
     """Budget by budget from the smallest, seed by seed, row by row, so that what is there early can be compared.
 
     factors: what tuning chose for each row's lr.
@@ -149,7 +149,7 @@ def final_cells(study: Study, level: Level, rows: list[Row], factors: dict[str, 
     return cells
 
 
-def _untrained(level: Level, rows: list[Row], seed: int) -> list[Cell]:
+def _untrained(level: Level, rows: list[ResolvedRow], seed: int) -> list[Cell]:
     """An untrained ViT of each shape that the rows have, measured by what needs no training."""
     cells = []
     for row in _shapes(rows):
@@ -159,7 +159,7 @@ def _untrained(level: Level, rows: list[Row], seed: int) -> list[Cell]:
     return cells
 
 
-def from_scratch(level: Level, rows: list[Row], budget: Budget, seed: int) -> list[Cell]:
+def from_scratch(level: Level, rows: list[ResolvedRow], budget: Budget, seed: int) -> list[Cell]:
     """Fine-tuning of an untrained ViT of each shape, for the FLOPs of pre-training and fine-tuning together."""
     cells = []
     for row in _shapes(rows):
@@ -180,12 +180,12 @@ def from_scratch(level: Level, rows: list[Row], budget: Budget, seed: int) -> li
     return cells
 
 
-def _shapes(rows: list[Row]) -> list[Row]:
+def _shapes(rows: list[ResolvedRow]) -> list[ResolvedRow]:
     """A row of each arch and size of view that the rows have."""
     return list({(r.recipe.science.arch, r.recipe.science.data.image_size): r for r in rows}.values())
 
 
-def _untrained_run(row: Row) -> str:
+def _untrained_run(row: ResolvedRow) -> str:
     return f"{UNTRAINED}:{row.recipe.science.arch}@{row.recipe.science.data.image_size}"
 
 
@@ -193,8 +193,8 @@ def _there(cell: Cell, cells: list[Cell]) -> bool:
     return any((c.row, c.run, c.seed) == (cell.row, cell.run, cell.seed) for c in cells)
 
 
-def trial_cells(study: Study, rows: list[Row]) -> list[Cell]:
-    """For each row the same trials, at the smallest budget, with a seed that no final run has."""
+def trial_cells(study: Study, rows: list[ResolvedRow]) -> list[Cell]:
+    """Give each row the same trials, at the smallest budget, with a seed that no final run has."""
     if study.tune is None:
         return []
     smallest = min(map(parse_budget, study.budgets), key=lambda b: b.amount) if study.budgets else None
@@ -215,7 +215,7 @@ def trial_cells(study: Study, rows: list[Row]) -> list[Cell]:
 
 def tuning_cost(trials: list[Cell], row: str) -> dict[str, Any] | None:
     """What a row's trials took, pre-training and evaluation; None where it had none."""
-    costs = [r.cost for c in trials if c.row == row for r in c.found.values()]
+    costs = [r.cost for c in trials if c.row == row for r in c.numbers.values()]
     if not costs:
         return None
     flops = [c.flops for c in costs if c.flops is not None]
@@ -237,6 +237,6 @@ def choose_factors(trials: list[Cell]) -> dict[str, float]:
         its = [c for c in trials if c.row == row]
         if any(c.missing for c in its):
             continue
-        value = {c.factor or 1.0: next(iter(c.found.values())).value for c in its}
+        value = {c.factor or 1.0: next(iter(c.numbers.values())).value for c in its}
         out[row] = max(value, key=lambda f: (value[f], -abs(math.log(f))))
     return out

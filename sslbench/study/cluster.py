@@ -10,8 +10,8 @@ from ..paths import home
 from ..recipe import Machine
 from ..train.slurm import Queued, agree_with, options_of, send
 from .cells import Cell
+from .executor import as_json, do, from_json
 from .grid import Grid
-from .run import as_json, do, from_json
 
 
 class CellTask(Queued):

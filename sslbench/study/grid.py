@@ -10,10 +10,10 @@ from rich.console import Console
 from .. import ledger
 from ..data import data_name
 from ..errors import RunFailed, UserError, nearest
-from .cells import Cell, Row, choose_factors, final_cells, rows_of, trial_cells, tuning_cost
+from .cells import Cell, ResolvedRow, choose_factors, final_cells, rows_of, trial_cells, tuning_cost
+from .executor import carry_out
 from .measure import DataSets
 from .record import keep
-from .run import carry_out
 from .spec import Study
 
 
@@ -96,7 +96,7 @@ class Grid:
             )
 
     def look_again(self, failed: list[Cell]) -> None:
-        """As `look`, keeping what failed."""
+        """Do as `look` does, and remember what failed."""
         said = {id(c): (c.status, c.reason) for c in failed}
         self.look()
         for c in failed:
@@ -123,7 +123,7 @@ class StudyFailed(RunFailed):
         self.answer = answer
 
 
-def _record_name(study: Study, scale: str | None, rows: list[Row]) -> str:
+def _record_name(study: Study, scale: str | None, rows: list[ResolvedRow]) -> str:
     """The study's name, with its scale, and with the data where that is not in it."""
     data = data_name(rows[0].recipe.science.data.spec)
     parts = [study.name, *([scale] if scale else []), *([data] if data not in study.name.split("_") else [])]
@@ -133,6 +133,6 @@ def _record_name(study: Study, scale: str | None, rows: list[Row]) -> str:
 def as_answer(c: Cell) -> dict[str, Any]:
     trial = {} if c.factor is None else {"trial": c.factor}
     reason = {"reason": c.reason} if c.reason else {}
-    values = {name: r.value for name, r in c.found.items()}
+    values = {name: r.value for name, r in c.numbers.items()}
     return {"row": c.row, "budget": c.budget, "seed": c.seed, "status": c.status, "run": c.run, **trial, **reason,
             "numbers": values}  # fmt: skip

@@ -75,7 +75,7 @@ class Measure:
 
     @property
     def metric(self) -> str:
-        """Of its main number; a protocol may have others."""
+        """What its main number is called; a protocol may have others."""
         protocol = self.recipe.science.protocol
         if protocol in DENSE:
             return DENSE[protocol]
@@ -131,7 +131,7 @@ def measures_of(
 
 
 def measure(protocol: EvalRecipe, recipe: Recipe, labelled: str, trained: str | None = None) -> Measure:
-    """That protocol on what `recipe` trains.
+    """What that protocol measures of what `recipe` trains.
 
     trained: the labels that a model whose robustness is scored was fine-tuned by; None: those of what `recipe` trains
     on.

@@ -78,12 +78,12 @@ class Ranking:
 
     def between(self, a: str, b: str) -> Difference | None:
         """a - b, whichever way round it is kept."""
-        if found := self.pairs.get((a, b)):
-            return found
-        if not (found := self.pairs.get((b, a))):
+        if pair := self.pairs.get((a, b)):
+            return pair
+        if not (pair := self.pairs.get((b, a))):
             return None
-        low, high = (None if x is None else -x for x in (found.high, found.low))
-        return Difference(a, b, -found.value, low, high, found.p, found.test)
+        low, high = (None if x is None else -x for x in (pair.high, pair.low))
+        return Difference(a, b, -pair.value, low, high, pair.p, pair.test)
 
 
 def rank(budget: str, metric: str, rows: Sequence[Numbers], what: str = "") -> Ranking:

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..files import write_json
 from ..method import name_of
 from ..paths import home
-from .cells import UNTRAINED, Cell, Row
+from .cells import UNTRAINED, Cell, ResolvedRow
 from .spec import Study
 
 FORMAT = 1
@@ -26,18 +26,18 @@ def read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except ValueError as e:
         raise UserError(f"{path} is not readable ({e}); remove it, and the study writes it again") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(
             f"{path} is not what `sslbench study` of this version writes; remove it, the study makes it anew"
         )
-    return found
+    return record
 
 
 def keep(
-    name: str, study: Study, rows: list[Row], cells: list[Cell], trials: list[Cell], factors: dict[str, float]
+    name: str, study: Study, rows: list[ResolvedRow], cells: list[Cell], trials: list[Cell], factors: dict[str, float]
 ) -> dict[str, Any]:
     """Write down, and return, what was said before the first final run, and which runs its numbers are of."""
     path = studies_folder() / f"{name}.json"
@@ -98,7 +98,7 @@ def _cell(c: Cell) -> dict[str, Any]:
         "epochs": c.recipe.science.epochs if c.recipe and not c.recipe.science.device_minutes else None,
         "steps": c.steps,
         "flops": c.flops,
-        "numbers": {name: r.id for name, r in c.found.items()},
+        "numbers": {name: r.id for name, r in c.numbers.items()},
         "status": c.status,
         "reason": c.reason,
     }

@@ -90,8 +90,8 @@ def pretraining_of(line: Any) -> Pretraining | None:
     """None where the suite has no such method or arch, or no recipe that is known to have the row's condition."""
     table = f"{line['paper']}_{line['table']}"
     if rows := paper_rows(table):
-        found = rows.get(line["row"])
-        return Pretraining(f"sslbench ablate {table} --scale paper", found, True) if found else None
+        recipe = rows.get(line["row"])
+        return Pretraining(f"sslbench ablate {table} --scale paper", recipe, True) if recipe else None
     if {part.partition("=")[0] for part in line["condition"].split(";") if part} - DESCRIBES:
         return None
     epochs = "" if epochs_contradicted(line) else line["epochs"]

@@ -39,9 +39,9 @@ def cached_backward(
     for i in range(pieces):
         with fabric.autocast():
             embedded = method.embed(views(i))
-            alone = {k: x for k, x in embedded.items() if k not in method.compared}
-            terms = method.loss(alone) if alone else {}
-        ends, gradients = ([terms["loss"]], [torch.full_like(terms["loss"], share)]) if alone else ([], [])
+            per_image = {k: x for k, x in embedded.items() if k not in method.compared}
+            terms = method.loss(per_image) if per_image else {}
+        ends, gradients = ([terms["loss"]], [torch.full_like(terms["loss"], share)]) if per_image else ([], [])
         for x, whole in zip(_of(embedded, method.compared), features, strict=True):
             if whole.grad is not None:  # keys have none
                 ends.append(x)

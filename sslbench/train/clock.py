@@ -27,7 +27,7 @@ class Clock:
         self.spent = self.spent_s() if self.seconds else 0.0
 
     def epoch(self, step: int) -> float:
-        """Of the schedule, before that step."""
+        """Which epoch of the schedule it is before that step."""
         if self.seconds is None:
             return step / self.per_epoch
         return min(1.0, self.spent / self.seconds) * self.epochs
@@ -39,7 +39,7 @@ class Clock:
             self.step_s = self.spent - before
 
     def share(self, step: int) -> float:
-        """In [0, 1], after so many steps."""
+        """How much of the run is done after so many steps, in [0, 1]."""
         if self.seconds is None:
             return step / self.steps if self.steps else 1.0
         return min(1.0, self.spent / self.seconds)

@@ -23,7 +23,7 @@ IMAGES = 256  # that the collapse meters look at
 
 
 def term_gradients(losses: dict[str, Tensor], encoder: VisionTransformer, fabric: Fabric) -> dict[str, float]:
-    """Of each loss term, as weighted in the total, the norm of its gradient on the encoder; of each pair, the cosine.
+    """Measure how the loss terms, as weighted in the total, pull at the encoder: norms of gradients, cosines of pairs.
 
     The terms are the entries of `losses` but "loss" that need grad; without any, "loss" is the only one. One backward
     pass a term over the graph of this step, which stays: {"grad_norm_recon": ..., "grad_norm_nce": ...,
@@ -39,8 +39,8 @@ def term_gradients(losses: dict[str, Tensor], encoder: VisionTransformer, fabric
     vectors = {}
     for name, term in terms.items():
         weight = torch.autograd.grad(losses["loss"], term, retain_graph=True)[0]
-        found = torch.autograd.grad(term, parameters, weight * scale, retain_graph=True, allow_unused=True)
-        flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+        pulled = torch.autograd.grad(term, parameters, weight * scale, retain_graph=True, allow_unused=True)
+        flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, pulled, strict=True)]
         vector = torch.cat(flat).float() / scale
         vectors[name] = fabric.all_reduce(vector, reduce_op="mean") if fabric.world_size > 1 else vector
     norms = {name: v.norm() for name, v in vectors.items()}  # type: ignore[union-attr]
@@ -69,7 +69,7 @@ class CollapseMeters:
 
 
 def collapse(features: Tensor) -> dict[str, Tensor]:
-    """Of features (N, D): three numbers that fall, or for uniformity rise to 0, as all images come to look the same.
+    """Reduce features (N, D) to numbers that fall, or for uniformity rise to 0, as all images come to look the same.
 
     feature_std: of unit features, the standard deviation over images, mean over channels, times sqrt(D): 1 where they
     spread over the sphere, 0 in collapse (Chen and He 2021, section 4.1). effective_rank: exponential of the entropy of

@@ -16,16 +16,16 @@ class FiniteGuard:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.found = torch.zeros((), device=device)
+        self.not_finite = torch.zeros((), device=device)
 
     def check(self, value: Tensor) -> None:
         """To be called with what must be finite before each optimizer.step()."""
-        self.found.copy_(torch.maximum(self.found, (~torch.isfinite(value)).float()))
+        self.not_finite.copy_(torch.maximum(self.not_finite, (~torch.isfinite(value)).float()))
 
     def arm(self, optimizer: Any) -> None:
         """Have `optimizer` (or the one that Fabric wrapped) look at the guard in every step."""
-        getattr(optimizer, "optimizer", optimizer).found_inf = self.found
+        getattr(optimizer, "optimizer", optimizer).found_inf = self.not_finite
 
     def tripped(self) -> bool:
         """Waits for the device: for log steps, and for CPUs, where there is nothing to wait for."""
-        return self.found.item() != 0
+        return self.not_finite.item() != 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UserError
 
@@ -21,8 +21,16 @@ RENDEZVOUS = {"MASTER_ADDR", "MASTER_PORT"}
 _agreed: Machine | None = None  # the machine that `agree` has seen last
 
 
-def launched() -> tuple[str, int, int] | None:
-    """(by what, processes a machine, machines); None where this process has no others, or those that it starts.
+class Launch(NamedTuple):
+    """What started several processes, this one among them."""
+
+    by: str  # torchrun or srun
+    devices: int  # processes a machine
+    nodes: int
+
+
+def launched() -> Launch | None:
+    """None where this process has no others, or those that it starts.
 
     UserError where the variables that say it contradict each other.
     """
@@ -35,7 +43,7 @@ def launched() -> tuple[str, int, int] | None:
         return None
     if world % nodes:
         raise UserError(f"{name} started {world} processes on {nodes} machines; start as many on each")
-    return name, world // nodes, nodes
+    return Launch(name, world // nodes, nodes)
 
 
 def _tasks() -> int:
@@ -57,14 +65,14 @@ def _number(*names: str, default: int | None = None) -> int:
 
 
 def first_process() -> bool:
-    """Of the processes of one run, the one that talks.
+    """Whether this is the one of a run's processes that talks.
 
     LOCAL_RANK and NODE_RANK are heeded where they can be meant: in a process that this suite started, and in a run for
     several devices or machines with MASTER_ADDR and MASTER_PORT beside them. A shell may have them left over.
     """
     env = os.environ
-    if found := launched():
-        return env.get({"torchrun": "RANK", "srun": "SLURM_PROCID"}[found[0]], "0") == "0"
+    if launch := launched():
+        return env.get({"torchrun": "RANK", "srun": "SLURM_PROCID"}[launch.by], "0") == "0"
     if _is_child():
         return False
     meant = []
@@ -85,41 +93,41 @@ def agree(machine: Machine) -> Machine:
     """
     global _agreed
     _agreed = machine
-    found = launched()
-    if found is None:
+    launch = launched()
+    if launch is None:
         if machine.nodes > 1 and not {"NODE_RANK", *RENDEZVOUS} <= os.environ.keys():
             raise UserError(
                 f"--nodes {machine.nodes}: the command starts processes on its own machine only. Start it on every "
                 f"machine by torchrun or srun, or with NODE_RANK, MASTER_ADDR and MASTER_PORT set, or give --slurm"
             )
         return machine
-    name, devices, nodes = found
     if not machine.model_fields_set & {"devices", "nodes"}:
-        return machine.model_copy(update={"devices": devices, "nodes": nodes})
-    if (machine.devices, machine.nodes) != (devices, nodes):
+        return machine.model_copy(update={"devices": launch.devices, "nodes": launch.nodes})
+    if (machine.devices, machine.nodes) != (launch.devices, launch.nodes):
         if not first_process():
             raise SystemExit(2)
         raise UserError(
-            f"{name} started {devices} process(es) on each of {nodes} machine(s), and the run is for {machine.devices} "
-            f"on each of {machine.nodes}: give --devices {devices} --nodes {nodes}, or neither"
+            f"{launch.by} started {launch.devices} process(es) on each of {launch.nodes} machine(s), and the run is "
+            f"for {machine.devices} on each of {machine.nodes}: give --devices {launch.devices} --nodes "
+            f"{launch.nodes}, or neither"
         )
     return machine
 
 
 def leave_to_first() -> None:
-    """For what one process does: the others that were started with it end here."""
+    """End the processes that were started with the first one, for what one process does."""
     if not first_process():
         raise SystemExit(0)
 
 
 def refuse_several(command: str) -> None:
     """UserError where several processes were started for a command that trains more than one run, or times one."""
-    if found := launched():
+    if launch := launched():
         if not first_process():
             raise SystemExit(2)
         raise UserError(
-            f"{found[0]} started {found[1] * found[2]} processes, and `sslbench {command}` is for one: start it by "
-            f"itself. `sslbench pretrain`, `eval` and `transfer` take several"
+            f"{launch.by} started {launch.devices * launch.nodes} processes, and `sslbench {command}` is for one: "
+            f"start it by itself. `sslbench pretrain`, `eval` and `transfer` take several"
         )
 
 
@@ -128,16 +136,15 @@ def environment(machine: Machine) -> ClusterEnvironment:
     from lightning_fabric.plugins import environments
 
     env = os.environ
-    found = launched()
-    if found is None:
+    launch = launched()
+    if launch is None:
         if not _is_child():
             env["SSLBENCH_PARENT"] = str(os.getpid())  # which the processes that Fabric starts look for
             left_over = ["LOCAL_RANK"] * (machine.devices == 1 or not env.keys() >= RENDEZVOUS)
             for name in left_over + ["NODE_RANK", "GROUP_RANK"] * (machine.nodes == 1):
                 env.pop(name, None)
         return environments.LightningEnvironment()
-    name, devices, nodes = found
-    if name == "torchrun":
+    if launch.by == "torchrun":
         if lacking := {"RANK", "LOCAL_RANK", *RENDEZVOUS} - env.keys():
             raise UserError(
                 f"torchrun would set {', '.join(sorted(lacking))}, and the environment lacks it; `unset "
@@ -145,11 +152,12 @@ def environment(machine: Machine) -> ClusterEnvironment:
             )
         return environments.TorchElasticEnvironment()
     # What srun leaves out by its version and flags, or says of the job and not of the step, and Fabric asks for.
-    env |= {"SLURM_NTASKS": str(devices * nodes), "SLURM_NTASKS_PER_NODE": str(devices), "SLURM_NNODES": str(nodes)}
+    env["SLURM_NTASKS"] = str(launch.devices * launch.nodes)
+    env |= {"SLURM_NTASKS_PER_NODE": str(launch.devices), "SLURM_NNODES": str(launch.nodes)}
     nodes_named = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     env.setdefault("SLURM_NODELIST", nodes_named)
-    env.setdefault("SLURM_NODEID", str(int(env["SLURM_PROCID"]) // devices))
-    env.setdefault("SLURM_LOCALID", str(int(env["SLURM_PROCID"]) % devices))
+    env.setdefault("SLURM_NODEID", str(int(env["SLURM_PROCID"]) // launch.devices))
+    env.setdefault("SLURM_LOCALID", str(int(env["SLURM_PROCID"]) % launch.devices))
     return environments.SLURMEnvironment()
 
 
@@ -160,11 +168,11 @@ def meet(fabric: Fabric) -> None:
     """
     import torch.distributed as dist
 
-    found = launched()
-    by_hand = found is None and fabric.world_size > 1 and "LOCAL_RANK" in os.environ and not _is_child()
-    if dist.is_initialized() or not (by_hand or (found and found[0] == "srun")):
+    launch = launched()
+    by_hand = launch is None and fabric.world_size > 1 and "LOCAL_RANK" in os.environ and not _is_child()
+    if dist.is_initialized() or not (by_hand or (launch and launch.by == "srun")):
         return
-    if found:
+    if launch:
         words, rank = ["SLURM_PROCID", "SLURM_NTASKS"], int(os.environ["SLURM_PROCID"])
     else:
         words, rank = ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"], fabric.global_rank
@@ -185,7 +193,7 @@ def meet(fabric: Fabric) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=fabric.world_size)
 
 
-def alone() -> bool:
+def leave_the_others() -> bool:
     """Leave the processes that trained together, after which the first of them, True, goes on by itself.
 
     Where there was nothing left to train they have not met, though they may all be there.

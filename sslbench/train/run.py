@@ -96,12 +96,12 @@ class Run:
         return {k: v for k, v in self.costs().items() if k in self.cost}
 
     def wall_s(self) -> float:
-        """Of training so far, in this process and before."""
+        """How long it has trained so far, in this process and before."""
         return self.cost["wall_s"] + time.perf_counter() - self.began
 
-    def images_per_s(self, first: int) -> float:
-        """Of this process, which began at step `first`."""
-        return (self.steps - first) * self.job.batch_size / (time.perf_counter() - self.began)
+    def images_per_s(self, start: int) -> float:
+        """How fast this process trains, which began at step `start`."""
+        return (self.steps - start) * self.job.batch_size / (time.perf_counter() - self.began)
 
     def costs(self) -> dict[str, Any]:
         wall = time.perf_counter() - self.began
@@ -188,10 +188,10 @@ def newest(run: Run) -> tuple[int, dict[str, Any] | None]:
 
     To be called on every device. RunFailed where one cannot read what was chosen.
     """
-    found = newest_checkpoint(run.checkpoints) if run.fabric.is_global_zero else None
-    step = run.fabric.broadcast(found[0] if found else None)
-    if step is None or found:
-        return found or (0, None)
+    checkpoint = newest_checkpoint(run.checkpoints) if run.fabric.is_global_zero else None
+    step = run.fabric.broadcast(checkpoint[0] if checkpoint else None)
+    if step is None or checkpoint:
+        return checkpoint or (0, None)
     path = checkpoint_path(run.checkpoints, step)
     try:
         return step, load_checkpoint(path)
@@ -320,8 +320,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             RunFile.model_validate(run)
         except ValidationError as e:
             where = ".".join(map(str, e.errors()[0]["loc"]))
-            found = f"{where}: {e.errors()[0]['msg']}, found {str(e.errors()[0]['input'])[:60]}"
-            raise UserError(f"{path} is not what a run writes ({found}); mend it, or remove its folder") from None
+            wrong = f"{where}: {e.errors()[0]['msg']}, found {str(e.errors()[0]['input'])[:60]}"
+            raise UserError(f"{path} is not what a run writes ({wrong}); mend it, or remove its folder") from None
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not readable ({e}); mend it, or remove its folder") from None
         lacking = [key for key in FINISHED if key not in run] if run.get("status") == "finished" else []

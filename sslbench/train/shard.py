@@ -71,7 +71,7 @@ def _shard(root: Any, mesh: DeviceMesh) -> Any:
 
 @contextlib.contextmanager
 def unsharded(root: nn.Module) -> Iterator[None]:
-    """For parts of `root` that are called by themselves; on every device alike."""
+    """Hold the weights whole, for parts of `root` that are called by themselves; on every device alike."""
     if not isinstance(root, FSDPModule):
         yield
         return

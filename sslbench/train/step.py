@@ -69,7 +69,7 @@ class Learner:
         torch._functorch.config.donated_buffer = False  # terms' gradients go through the graph more than once
 
     def load_weights(self, state: dict[str, Any]) -> None:
-        """Of a checkpoint, before `set_up`. RuntimeError where they are of another method."""
+        """Take a checkpoint's, before `set_up`. RuntimeError where they are of another method."""
         self.method.load_state_dict(state["method"])
 
     def set_up(self) -> None:
@@ -83,7 +83,7 @@ class Learner:
         self.guard.arm(self.optimizer)
 
     def load_moments(self, state: dict[str, Any]) -> None:
-        """Of a checkpoint, after `set_up`. ValueError where they are of another method."""
+        """Take a checkpoint's, after `set_up`. ValueError where they are of another method."""
         load_optimizer(self.optimizer, state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state.get("precision", {}))
 

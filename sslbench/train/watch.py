@@ -56,12 +56,12 @@ class Watch:
         method.eval()
         features = []
         for views, _ in self.parts:
-            found = []
+            parts = []
             for part in views.split(self.limit):
                 x = normalise(part.to(fabric.device).float(), method.augment.mean, method.augment.std)
                 with fabric.autocast():
-                    found.append(pool_tokens(method.encoder(x), method.pool).float())
-            features.append(torch.cat(found))
+                    parts.append(pool_tokens(method.encoder(x), method.pool).float())
+            features.append(torch.cat(parts))
         method.train(training)
         (bank, queries), (labels, wanted) = features, [labels for _, labels in self.parts]
         top1 = knn_top1(bank, labels, queries, wanted, [K], device=fabric.device)[K]

@@ -33,11 +33,11 @@ def image_size(s: Ade20k) -> int:
 
 def open_data(root: Path, s: Ade20k) -> tuple[Split, Split]:
     """Train and val of ADEChallengeData2016's layout. UserError: what was expected, and what is there."""
-    found = {split: open_ade20k(root, split) for split in OFFICIAL}
-    accept(*found.values())
-    official = {split: len(f.files) // 2 for split, f in found.items()} == OFFICIAL
+    splits = {split: open_ade20k(root, split) for split in OFFICIAL}
+    accept(*splits.values())
+    official = {split: len(f.files) // 2 for split, f in splits.items()} == OFFICIAL
     out = []
-    for split, labelled in found.items():
+    for split, labelled in splits.items():
         dataset = ADE20KDataset(
             data_prefix={"img_path": str(labelled.images), "seg_map_path": str(labelled.source)},
             pipeline=_train_pipeline(s, labelled) if split == "train" else _test_pipeline(s, labelled),
@@ -50,9 +50,9 @@ def open_data(root: Path, s: Ade20k) -> tuple[Split, Split]:
     return out[0], out[1]
 
 
-def _train_pipeline(s: Ade20k, found: Labelled) -> list[dict[str, Any]]:
+def _train_pipeline(s: Ade20k, labelled: Labelled) -> list[dict[str, Any]]:
     return [
-        {"type": "SslbenchLoadImage", "turned": found.turned},
+        {"type": "SslbenchLoadImage", "turned": labelled.turned},
         {"type": "LoadAnnotations", "reduce_zero_label": True},
         {"type": "RandomResize", "scale": (4 * s.crop, s.crop), "ratio_range": (0.5, 2.0), "keep_ratio": True},
         {"type": "RandomCrop", "crop_size": (s.crop, s.crop), "cat_max_ratio": 0.75},
@@ -62,9 +62,9 @@ def _train_pipeline(s: Ade20k, found: Labelled) -> list[dict[str, Any]]:
     ]
 
 
-def _test_pipeline(s: Ade20k, found: Labelled) -> list[dict[str, Any]]:
+def _test_pipeline(s: Ade20k, labelled: Labelled) -> list[dict[str, Any]]:
     return [
-        {"type": "SslbenchLoadImage", "turned": found.turned},
+        {"type": "SslbenchLoadImage", "turned": labelled.turned},
         {"type": "Resize", "scale": (4 * s.crop, s.crop), "keep_ratio": True},
         {"type": "LoadAnnotations", "reduce_zero_label": True},
         {"type": "PackSegInputs"},
@@ -142,9 +142,9 @@ class MeanIoU(IoUMetric):
 
 def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """({metric: percent}, condition)."""
-    found = test(job, net, folder, fabric, MeanIoU())
-    values = {name: found[name] for name in ("miou", "aacc", "macc")}
-    return values, {"iterations": job.total(job.batch_size), "classes": found["classes"]}
+    scores = test(job, net, folder, fabric, MeanIoU())
+    values = {name: scores[name] for name in ("miou", "aacc", "macc")}
+    return values, {"iterations": job.total(job.batch_size), "classes": scores["classes"]}
 
 
 def draw(job: Any, net: Any, folder: Path) -> None:

@@ -80,11 +80,13 @@ class Backbone(nn.Module):
         self.shared = nn.ModuleDict()
         if kind == "shared":
             names = {w: "windowed" if w else "global" for w in self.windows}
-            self.shared.update({name: Table((w, w) if w else grid, heads) for w, name in names.items()})
+            self.shared.update({name: OffsetTable((w, w) if w else grid, heads) for w, name in names.items()})
         elif kind:
             for block, shape in zip(blocks, shapes, strict=True):
                 block.relative = (
-                    Decomposed(shape, head_dim) if kind == "decomposed" else Table(shape, heads, self.config.keep_cls)
+                    Decomposed(shape, head_dim)
+                    if kind == "decomposed"
+                    else OffsetTable(shape, heads, self.config.keep_cls)
                 )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -153,7 +155,7 @@ def from_windows(x: Tensor, tiled: Grid, grid: Grid, window: int) -> Tensor:
     return x[:, : grid[0], : grid[1]].flatten(1, 2)
 
 
-class Table(nn.Module):
+class OffsetTable(nn.Module):
     """A learned bias for each head and each offset between two tokens of a grid, and, with `cls`, three for CLS."""
 
     def __init__(self, grid: Grid, heads: int, cls: bool = False) -> None:

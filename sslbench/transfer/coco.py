@@ -50,9 +50,9 @@ class COCO(Api):
 class Instances(CocoDataset):
     """mmdet's data set over a file that was read, checked and mended."""
 
-    def __init__(self, found: Labelled, **more: Any) -> None:
-        self.tree = found.tree
-        super().__init__(ann_file=str(found.source), data_prefix={"img": str(found.images)}, **more)
+    def __init__(self, labelled: Labelled, **more: Any) -> None:
+        self.tree = labelled.tree
+        super().__init__(ann_file=str(labelled.source), data_prefix={"img": str(labelled.images)}, **more)
         del self.tree
 
     def COCOAPI(self, file: str) -> COCO:  # mmdet's name for what it opens the file with
@@ -61,11 +61,11 @@ class Instances(CocoDataset):
 
 def open_data(root: Path, s: Coco) -> tuple[Split, Split]:
     """Train and val of COCO's layout. UserError: what was expected, and what is there."""
-    found = {split: open_coco(root, split) for split in OFFICIAL}
-    accept(*found.values())
-    name = "coco" if {split: len(f.files) for split, f in found.items()} == OFFICIAL else root.resolve().name
+    splits = {split: open_coco(root, split) for split in OFFICIAL}
+    accept(*splits.values())
+    name = "coco" if {split: len(f.files) for split, f in splits.items()} == OFFICIAL else root.resolve().name
     out = []
-    for split, labelled in found.items():
+    for split, labelled in splits.items():
         dataset = Instances(
             labelled,
             pipeline=_train_pipeline(s, labelled) if split == "train" else _test_pipeline(s, labelled),
@@ -77,11 +77,11 @@ def open_data(root: Path, s: Coco) -> tuple[Split, Split]:
             fingerprint = hashlib.file_digest(f, "sha256").hexdigest()[:12]
         out.append(Split(name, split, dataset, fingerprint, labelled.said))
     if not len(out[0]):
-        raise UserError(f"{found['train'].source} has no image with an object that is to be learnt")
+        raise UserError(f"{splits['train'].source} has no image with an object that is to be learnt")
     return out[0], out[1]
 
 
-def _train_pipeline(s: Coco, found: Labelled) -> list[dict[str, Any]]:
+def _train_pipeline(s: Coco, labelled: Labelled) -> list[dict[str, Any]]:
     if isinstance(s.input, Lsj):
         size = (s.input.size, s.input.size)
         resize = [
@@ -92,7 +92,7 @@ def _train_pipeline(s: Coco, found: Labelled) -> list[dict[str, Any]]:
     else:
         resize = [_detr(s.input)]
     return [
-        {"type": "SslbenchLoadImage", "turned": found.turned},
+        {"type": "SslbenchLoadImage", "turned": labelled.turned},
         {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
         {"type": "RandomFlip", "prob": 0.5},
         *resize,
@@ -110,10 +110,10 @@ def _detr(m: MultiScale) -> dict[str, Any]:
     return {"type": "RandomChoice", "transforms": [[sides(m.short)], [sides(m.first), crop, sides(m.short)]]}
 
 
-def _test_pipeline(s: Coco, found: Labelled) -> list[dict[str, Any]]:
+def _test_pipeline(s: Coco, labelled: Labelled) -> list[dict[str, Any]]:
     scale = (s.input.size, s.input.size) if isinstance(s.input, Lsj) else (s.input.long, max(s.input.short))
     return [
-        {"type": "SslbenchLoadImage", "turned": found.turned},
+        {"type": "SslbenchLoadImage", "turned": labelled.turned},
         {"type": "Resize", "scale": scale, "keep_ratio": True},
         {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
         {"type": "PackDetInputs", "meta_keys": ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")},
@@ -242,19 +242,19 @@ def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, floa
     test(job, net, folder, fabric, metric)
     values: dict[str, float] = {}
     for kind, name in (("bbox", "bbox"), ("segm", "mask")):
-        found = json.loads(Path(f"{prefix}.{kind}.json").read_text())
-        stats = _average_precision(truth, found, kind)
+        answers = json.loads(Path(f"{prefix}.{kind}.json").read_text())
+        stats = _average_precision(truth, answers, kind)
         values |= {f"{name}_{n}": 100 * max(0.0, x) for n, x in zip(NAMES, stats, strict=False)}
     return values, {"iterations": job.total(job.batch_size)}
 
 
-def _average_precision(truth: COCO, found: list[dict[str, Any]], kind: str) -> list[float]:
+def _average_precision(truth: COCO, answers: list[dict[str, Any]], kind: str) -> list[float]:
     """pycocotools' stats: AP, AP50, AP75, ...; nothing found is 0."""
-    if not found:
+    if not answers:
         return [0.0] * 12
     if kind == "segm":  # areas are those of the masks
-        found = [{k: v for k, v in f.items() if k != "bbox"} for f in found]
-    evaluation = COCOeval(truth, truth.loadRes(found), kind)
+        answers = [{k: v for k, v in f.items() if k != "bbox"} for f in answers]
+    evaluation = COCOeval(truth, truth.loadRes(answers), kind)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

@@ -30,10 +30,10 @@ def implementation() -> str:
 
 def install() -> str:
     """Make `mmcv.ops` importable, and say whose operators it uses. To be called before anything imports mmcv.ops."""
-    found = implementation()
-    if found == "torchvision" and EXTENSION not in sys.modules:
+    provider = implementation()
+    if provider == "torchvision" and EXTENSION not in sys.modules:
         sys.modules[EXTENSION] = StandIn(EXTENSION)
-    return found
+    return provider
 
 
 class StandIn(ModuleType):

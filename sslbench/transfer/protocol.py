@@ -41,7 +41,7 @@ class Encoder(Strict):
         return self
 
 
-class Optim(Strict):
+class IterationOptim(Strict):
     """AdamW and its schedule, by iteration."""
 
     lr: float = Field(gt=0)  # as it is: no rule of the batch applies
@@ -63,7 +63,7 @@ class Schedule(Strict):
     batch_size: int = Field(gt=0)  # images an iteration, over all devices and accumulation
     iterations: int | None = Field(None, gt=0)
     epochs: float | None = Field(None, gt=0)  # in place of iterations
-    optim: Optim
+    optim: IterationOptim
     encoder: Encoder = Encoder()
     seed: int = Field(0, ge=0, lt=2**31)
 
@@ -158,7 +158,7 @@ class TransferRecipe(Strict):
     machine: TransferMachine = TransferMachine()
 
     def protocol_hash(self) -> str:
-        """Of all that may change a number but the run and the seed."""
+        """12 hex digits over all that may change a number but the run and the seed."""
         return digest(self.science.model_dump(mode="json", exclude={"seed"}))
 
 

@@ -26,7 +26,7 @@ from ..ledger import Measurement, Record, Scale, to_ledger
 from ..paths import data_root, home
 from ..provenance import Spent
 from ..recipe import Batch
-from ..train.launch import alone
+from ..train.launch import leave_the_others
 from ..train.loop import fit, make_fabric
 from ..train.run import read_run
 from .protocol import TransferRecipe
@@ -82,7 +82,7 @@ def scope_of(task: Any) -> Iterator[None]:
 
 
 def fingerprint_of(recipe: TransferRecipe, data: str | None) -> str:
-    """Of what `transfer` would score. UserError where that, or a library, is not there."""
+    """Which images `transfer` would score. UserError where that, or a library, is not there."""
     require()
     task = importlib.import_module(f".{recipe.science.protocol}", __package__)
     root = find_data(recipe.science.protocol, data)
@@ -144,7 +144,7 @@ class TransferJob:
         return scope_of(self.task)
 
     def flops_per_image(self) -> None:
-        """Not before the first iteration, which counts it: what the heads compute depends on what they find there."""
+        """None before the first iteration, which counts it: what the heads compute depends on what they find there."""
 
     def info(self) -> dict[str, Any]:
         return {
@@ -188,7 +188,7 @@ def transfer(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = fit(job, folder, console, by=importlib.import_module(".runner", __package__).train)  # type: ignore[arg-type]
-        if not alone():
+        if not leave_the_others():
             return {}
         info = read_run(folder)
         if info.get("records") and same_images(info["records"][0], job.val):
@@ -251,12 +251,12 @@ def find_data(kind: str, data: str | None) -> Path:
     usual = {"coco": ["coco"], "ade20k": ["ADEChallengeData2016", "ade20k"]}[kind]
     names = [data.removeprefix(f"{kind}:")] if data else usual
     places = [Path(n).expanduser() for n in names if data] + [root / n for n in names if root]
-    found = next((p for p in places if p.is_dir()), None)
-    if found is None:
+    folder = next((p for p in places if p.is_dir()), None)
+    if folder is None:
         looked = f"looked for {', '.join(map(str, places))}" if places else "SSLBENCH_DATA is not set"
         layout = {
             "coco": "annotations/instances_{train,val}2017.json, train2017/, val2017/",
             "ade20k": "images/{training,validation}/, annotations/{training,validation}/",
         }[kind]
         raise UserError(f"no {kind} data set ({looked}); point to it with --data DIR, which holds {layout}")
-    return found
+    return folder

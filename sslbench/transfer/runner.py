@@ -32,8 +32,8 @@ from ..train.meter import Metrics, Running, Stopwatch, note, progress_bar
 from ..train.optim import layer_groups
 from ..train.run import Run, newest
 from ..train.state import save_checkpoint
-from .backbone import Decomposed, Table
-from .protocol import Optim
+from .backbone import Decomposed, OffsetTable
+from .protocol import IterationOptim
 
 CPU_ATTENTION = {  # which torch's counter knows on GPUs only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -103,9 +103,9 @@ class LayerDecay:
         self.wrapper, self.depth, self.optim = dict(optim_wrapper_cfg), paramwise_cfg["depth"], paramwise_cfg["optim"]
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        o: Optim = self.optim
+        o: IterationOptim = self.optim
         model = getattr(model, "module", model)
-        tables = [] if o.decay_relative else [m for m in model.modules() if isinstance(m, Table | Decomposed)]
+        tables = [] if o.decay_relative else [m for m in model.modules() if isinstance(m, OffsetTable | Decomposed)]
         plain = frozenset(p for m in tables for p in m.parameters())
         groups = layer_groups(model, self.depth, o.weight_decay, o.layer_decay, "backbone.", o.decay_biases, plain)
         for group in groups:
@@ -114,7 +114,7 @@ class LayerDecay:
         return OPTIM_WRAPPERS.build({**self.wrapper, "optimizer": optimizer})
 
 
-def schedule(o: Optim, total: int) -> list[dict[str, Any]]:
+def schedule(o: IterationOptim, total: int) -> list[dict[str, Any]]:
     """mmengine's schedulers of the lr over `total` iterations."""
     warmup = min(o.warmup, total)
     steps = {"by_epoch": False, "end": total}
@@ -264,15 +264,15 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
     provenance.reset_peak_memory(fabric.device.type)
     model = job.build(synchronised=fabric.world_size > 1 and fabric.device.type == "cuda")
     total, per_epoch = job.total(batch.total), len(data) // batch.total
-    first, state = newest(run)
+    start, state = newest(run)
     if state:
         run.resume(state)
     warn(job, model, batch, console)
     run.begin(data.fingerprint, total, per_epoch)
-    run.steps = first
+    run.steps = start
     loader = DataLoader(
         Drawn(data.dataset, seed),
-        batch_sampler=Order(len(data), seed, batch, fabric.global_rank, first, total),  # type: ignore[arg-type]
+        batch_sampler=Order(len(data), seed, batch, fabric.global_rank, start, total),  # type: ignore[arg-type]
         collate_fn=pseudo_collate,
         **decoders(machine.workers, fabric.device),
     )
@@ -284,7 +284,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
             fabric,
             train_dataloader=loader,
             train_cfg={
-                "type": Loop, "max_iters": total, "accumulation": batch.accumulation, "first": first, "seed": seed,
+                "type": Loop, "max_iters": total, "accumulation": batch.accumulation, "first": start, "seed": seed,
             },
             optim_wrapper={
                 **WRAPPERS[run.precision],

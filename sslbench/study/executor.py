@@ -78,14 +78,14 @@ def do(cell: Cell, console: Console) -> None:
             raise Interrupted(f"{Signals.unheeded} as {folder} ended; the same command goes on")
         run = str(folder)
     for m in cell.missing:
-        cell.found[m.name] = m.take(run, cell.seed, console, cell.tuning)
+        cell.numbers[m.name] = m.take(run, cell.seed, console, cell.tuning)
 
 
 def outcome(cell: Cell) -> str:
     """The first of its numbers, `knn_mean 34.2`, or why there is none."""
     if cell.status == "failed":
         return f"failed: {cell.reason}"
-    return next((f"{name} {r.value:.1f}" for name, r in cell.found.items()), cell.status)
+    return next((f"{name} {r.value:.1f}" for name, r in cell.numbers.items()), cell.status)
 
 
 class Clock:
