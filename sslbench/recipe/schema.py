@@ -36,6 +36,17 @@ class Optim(Strict):
 Epochs = Annotated[int | float, AfterValidator(lambda e: int(e) if e == int(e) else e)]
 
 
+class Init(Strict):
+    """Weights that pre-training starts from. Their hash is part of science's, the place where they lie is not."""
+
+    source: str  # RUN, FILE or timm:NAME, as `sslbench eval` takes them
+    sha256: str | None = None  # of their tensors; None: nobody has looked yet (evaluate/start.py)
+
+
+def _init(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
 class Science(Strict):
     method: dict[str, Any]  # name, preset, and the method's own config
     arch: str = "vit_b16"
@@ -47,6 +58,8 @@ class Science(Strict):
     batch_size: int = Field(4096, gt=0)  # images a step, over all devices and accumulation
     contrastive_batch: int | None = Field(None, gt=0)  # images that one loss compares; None: the whole batch
     optim: Optim = Optim()
+    # None: random ones.
+    init: Annotated[Init | None, BeforeValidator(_init)] = Field(None, exclude_if=lambda init: init is None)
     seed: int = Field(0, ge=0, lt=2**31)
 
 
@@ -105,10 +118,13 @@ class Recipe(Strict):
 
     def hash(self) -> str:
         """12 hex digits of SHA-256 over science, without the seed (seeds of one recipe share a hash; the seed stands
-        beside it), without the preset's name (its values count) and without the folder that data lies in."""
+        beside it), without the preset's name (its values count) and without the folders that data and weights to start
+        from lie in."""
         science = self.science.model_dump(mode="json")
         science.pop("seed")
         science["method"].pop("preset")
         science["method"]["name"] = self.method_name
         science["data"]["spec"] = data_name(self.science.data.spec)
+        if init := self.science.init:
+            science["init"] = init.sha256 or init.source
         return digest(science)

@@ -18,6 +18,7 @@ from ..method import Method, get_method
 from ..recipe import Batch, Machine, Recipe
 from .build import build, flops_per_image
 from .optim import adamw
+from .start import Start
 
 
 class Job:
@@ -31,8 +32,12 @@ class Job:
     interpolation = "bicubic"  # of crops
     device_minutes: float | None = None  # the run's length where its epochs are not
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, start: Start | None = None) -> None:
+        """start: the weights that `science.init` names."""
         s = recipe.science
+        if (s.init is None) != (start is None):
+            raise ValueError("science.init and the weights that it names go together: see evaluate/start.py")
+        self.start = start
         self.recipe: BaseModel = recipe  # written into the run folder
         self.label = f"{recipe.method_name} {s.arch}"
         self.machine, self.optim, self.spec = recipe.machine, s.optim, s.data.spec
@@ -51,7 +56,10 @@ class Job:
 
     def build(self) -> Method:
         """The module; it may draw its weights from torch's global generator."""
-        return build(self._pretraining)
+        method = build(self._pretraining)
+        if self.start:
+            self.start.apply(method)
+        return method
 
     def optimizer(self, method: Method) -> torch.optim.Optimizer:
         return adamw(method, self.optim)
@@ -72,6 +80,7 @@ class Job:
             "seed": r.science.seed,
             "epochs": r.science.epochs,
             "batch_size": r.science.batch_size,
+            **({"init": self.start.facts} if self.start else {}),
         }
 
     def save_weights(self, path: Path, method: Method) -> None:
@@ -114,8 +123,10 @@ def save_weights(path: Path, method: Method, recipe: Recipe) -> None:
 
 
 def preset_label(recipe: Recipe) -> str:
-    """The preset's name, and what the recipe sets otherwise: `paper`, `paper+kappa=16`."""
+    """The preset's name, and what the recipe sets otherwise: `paper`, `paper+kappa=16`, `paper+init=mae_vit_b16`."""
     cls = get_method(recipe.method)
     preset = cls.Config(**cls.presets[recipe.preset]).model_dump(mode="json")
     changed = [f"{k}={recipe.science.method[k]}" for k, v in preset.items() if recipe.science.method[k] != v]
+    if init := recipe.science.init:
+        changed.append(f"init={Path(init.source).name}")
     return "+".join([recipe.preset, *changed])
