@@ -29,7 +29,7 @@ from ..recipe import Batch
 from ..train.launch import alone
 from ..train.loop import fit, make_fabric
 from ..train.run import read_run
-from .protocol import TransferRecipe
+from .protocol import TransferRecipe, check_encoder
 
 EXTRA = "pip install 'sslbench[transfer]', or in a clone pip install -e '.[transfer]'"
 PARTS = ("models", "datasets", "evaluation", "visualization")  # of mmdet and mmseg
@@ -106,6 +106,7 @@ class TransferJob:
             raise UserError(
                 f"{subject.arch} has patch {self.patch}; the pyramid halves it twice, so it must be a multiple of 4"
             )
+        check_encoder(subject.encoder, s.encoder)
         with self.scope():
             self.train, self.val = self.task.open_data(root, s)
         self.spec = self.train.name
