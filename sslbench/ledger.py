@@ -99,6 +99,11 @@ class Record(Part):
         """The pre-training's seed. `seed` is the evaluation's, which differs where it was asked for."""
         return int(self.condition.get("pretrain_seed", self.seed))
 
+    @property
+    def public(self) -> bool:
+        """Whether the weights are others', published: method and pre-training are as they were told."""
+        return self.condition.get("weights") == "public"
+
 
 def ledger_folder() -> Path:
     return home() / "results" / "ledger"

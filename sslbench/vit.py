@@ -73,6 +73,7 @@ class Parts:
     cls: bool = True
     registers: int = 0  # tokens beside CLS and patches, without a place in the grid
     relative: bool = False  # a table of relative positions in each block
+    absolute: bool = True  # positions that are added to tokens; without them `pos_embed` is zero
     pooled_norm: bool = False  # the last norm follows the mean of patches; tokens have none
 
     def __str__(self) -> str:
@@ -81,6 +82,7 @@ class Parts:
             "no CLS": not self.cls,
             f"{self.registers} token(s) beside CLS and patches": self.registers,
             "relative positions": self.relative,
+            "no absolute positions": not self.absolute,
             "a norm behind the mean of patches": self.pooled_norm,
         }
         return ", ".join(name for name, has in named.items() if has)
@@ -93,7 +95,8 @@ def parts_of(state: Mapping[str, Tensor]) -> Parts:
     """The parts of the encoder whose state dict that is."""
     registers = state["registers"].shape[1] if "registers" in state else 0
     relative, pooled = "blocks.0.relative.table" in state, "pooled_norm.weight" in state
-    return Parts("cls_token" in state, registers, relative, pooled)
+    absolute = not relative or bool(state["pos_embed"].any())
+    return Parts("cls_token" in state, registers, relative, absolute, pooled)
 
 
 def get_arch(name: str) -> Arch:
@@ -344,9 +347,9 @@ class VisionTransformer(nn.Module):
     def cls_attention(self, tokens: Tensor, layers: list[int], softmax: bool = True, scale: float = 1.0) -> Tensor:
         """What CLS attends to: the head-mean attention of CLS to each patch in blocks `layers`, (B, L, N).
 
-        tokens (B, 1 + N + registers, D), embedded. softmax False: the scaled scores, before the softmax over all keys. scale:
-        a factor on the scores beside the usual 1 / sqrt(D / heads). Runs no further than the last block
-        named, and in that block no further than its scores.
+        tokens: embedded, (B, 1 + N, D), and what registers there are. softmax False: the scaled scores, before the
+        softmax over all keys. scale: a factor on the scores beside the usual 1 / sqrt(D / heads). Runs no further than
+        the last block named, and in that block no further than its scores.
         """
         rows = []
         blocks: Any = self.blocks[: max(layers) + 1]

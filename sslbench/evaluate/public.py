@@ -80,9 +80,10 @@ def names_in(tree: Any, where: str = "") -> list[str]:
 
 
 def preferred(names: Iterable[str], average: bool = True) -> str:
-    """Of several places the one that is evaluated: an average (timm's EMA, a teacher) before what it averages, or the
-    other way round; of a student and its teacher the teacher; of MoCo's two the base encoder, as its own code does; else
-    what is nested least.
+    """Of several places the one that is evaluated: an average (timm's EMA, a teacher) before what it averages, or not.
+
+    Of a student and its teacher the teacher; of MoCo's two the base encoder, as its own code does; else what is nested
+    least.
     """
     return min(
         names,
@@ -123,6 +124,7 @@ def to_encoder(tree: Any, where: str) -> tuple[VisionTransformer, str]:
         has = ", ".join(map(str, tree))[:200]
         raise UserError(f"{where}: no weights in it of a Vision Transformer known here, no '{MARKER}'; found {has}")
     cae = any(CAE in name for name in names)
+    # CAE and who pre-trains by BEiT's code evaluate what learned, and keep its average beside.
     place = preferred(found, average=not (cae or any(name.endswith(LM_HEAD) for name in names)))
     if len(found) > 1 or LEARNER.search(place):
         others = ", ".join(p.rstrip(".") or "the top" for p in found if p != place) or "a teacher's: it has none"

@@ -66,7 +66,8 @@ def translate(found: Tensors, where: str) -> Translated:
     notes = []
     for block in blocks:
         _join_qkv(t, block)
-    if any([_fold_layer_scale(t, block) for block in blocks]):  # of every block
+    folded = [_fold_layer_scale(t, block) for block in blocks]
+    if any(folded):
         notes.append("its layer scale is folded into attn.proj and mlp.fc2: the same function, but fine-tuning then "
                      "trains their product")  # fmt: skip
     heads = _relative_tables(t, blocks, where)
