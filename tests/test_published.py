@@ -1,7 +1,7 @@
 """Files of published ViTs, made here with their authors' names: what is loaded is the authors' function of an image.
 
 Names, and what is kept beside the encoder, are those that the authors' code writes: unilm/beit and beit2,
-data2vec_vision, CAE, ConMIM, SimMIM, ijepa, msn, dinov2, deit, Siamese-Image-Modeling, transformers' conversion scripts.
+data2vec_vision, CAE, ConMIM, SimMIM, ijepa, msn, dinov2, deit, Siamese-Image-Modeling, transformers' conversions.
 """
 
 import argparse
