@@ -6,6 +6,8 @@ data2vec_vision, CAE, ConMIM, SimMIM, ijepa, msn, dinov2, deit, Siamese-Image-Mo
 
 import argparse
 import re
+import sys
+import types
 
 import pytest
 import timm
@@ -17,6 +19,7 @@ from sslbench.attention import last_block_attention, relevance
 from sslbench.errors import UserError
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.public import to_encoder
+from sslbench.evaluate.told import Told
 from sslbench.vit import ARCHS, Arch, Parts, VisionTransformer, initialise, parts_of
 
 PATCH, DIM, DEPTH, HEADS, IMAGE = 8, 48, 2, 3, 32
@@ -173,7 +176,7 @@ FILES = {  # name: (what the authors save, the tensors that they evaluate)
     "data2vec": lambda t: ({"model": {**t, **LM}, "model_ema": {**zeros(t), **LM}}, t),
     "ConMIM": lambda t: ({"model": {**t, **LM, "projectors.0.weight": torch.zeros(4, DIM)}, "epoch": 799}, t),
     "SimMIM": lambda t: ({"model": {**under("encoder.", {**t, "mask_token": torch.zeros(1, 1, DIM)}),
-                                    "decoder.0.weight": torch.zeros(9, DIM, 1, 1)}, "config": {"AMP": True}}, t),
+                                    "decoder.0.weight": torch.zeros(9, DIM, 1, 1)}, "epoch": 799}, t),
 }  # fmt: skip
 
 
@@ -186,6 +189,44 @@ def test_beits_and_who_builds_on_its_code_give_the_authors_features(family, tmp_
     close(subject.encoder(IMAGES), forward(own))
     said = [str(w.message) for w in recwarn if "layer scale" in str(w.message)]
     assert len(said) == (family != "SimMIM") and all("fine-tuning then trains their product" in s for s in said)
+
+
+def test_simmims_configuration_is_read_as_plain_data(tmp_path, monkeypatch):
+    """Its checkpoints hold a CfgNode of yacs, a dict with attributes, which is not installed here."""
+    yacs = types.ModuleType("yacs.config")
+    yacs.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    config = yacs.CfgNode(DATA=yacs.CfgNode(IMG_SIZE=IMAGE))
+    config.__dict__["__immutable__"] = True
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", yacs)
+    t = beit(scale=None)
+    torch.save({"model": under("encoder.", t), "config": config}, tmp_path / "w.pth")
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    monkeypatch.delitem(sys.modules, "yacs")
+    close(open_subject(str(tmp_path / "w.pth")).encoder(IMAGES), forward(t))
+
+
+@pytest.mark.parametrize(
+    ("args", "method", "mean"),
+    [({}, "BEiT", 0.5), ({}, "data2vec", 0.485), ({"imagenet_default_mean_and_std": True}, "BEiT", 0.485),
+     ({"imagenet_default_mean_and_std": False}, "CAE", 0.5), ({"imagenet_default_mean_and_std": False}, None, 0.5)],
+)  # fmt: skip
+def test_images_are_taken_by_the_statistics_that_the_authors_took(args, method, mean, tmp_path, recwarn):
+    torch.save({"model": {**beit(), **LM}, "args": argparse.Namespace(**args)}, tmp_path / "w.pth")
+    subject = open_subject(str(tmp_path / "w.pth"), told=Told(method))
+    assert subject.mean[0] == mean and not any("mean and deviation" in str(w.message) for w in recwarn)
+
+
+def test_of_images_statistics_a_guess_is_said_and_transformers_own_are_read(tmp_path):
+    torch.save({"model": beit()}, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="does not say by which mean and deviation"):
+        assert open_subject(str(tmp_path / "w.pth")).mean[0] == 0.485
+    torch.save(hugging_face(a_vit()), tmp_path / "hf.bin")
+    with pytest.warns(UserWarning, match=r"no preprocessor_config\.json beside it"):
+        assert open_subject(str(tmp_path / "hf.bin")).std[0] == 0.229
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}')
+    subject = open_subject(str(tmp_path / "hf.bin"))
+    assert subject.mean == (0.1, 0.2, 0.3) and subject.std == (0.5, 0.5, 0.5)
 
 
 def test_cae_is_its_encoder_and_not_the_teacher_with_the_layer_scale_and_fixed_positions(tmp_path):

@@ -20,7 +20,6 @@ from sslbench.evaluate.told import TIMM, Told, both, of_timm, tell
 from sslbench.files import write_weights
 from sslbench.recipe import Augment
 from sslbench.report.compare import compare
-from sslbench.report.missing import missing
 from sslbench.report.page import write_page
 from sslbench.report.paper_figures import paper_figures
 from sslbench.report.papers import reported_beside_measured
@@ -145,12 +144,6 @@ def test_a_method_that_this_suite_has_not_has_its_row_too(home):
 )
 def test_other_epochs_arch_method_feature_or_metric_are_not_that_row(other, home):
     assert cell_of("ocl_t6", ["mae", "vit_b16"], records(of_public(**other)))[0] == "68.0"
-
-
-def test_a_row_that_is_filled_is_not_missing(home):
-    quiet = Console(quiet=True)
-    commands = lambda found: [c for entry in found for c in entry["eval"] if "linprobe_mae" in c and "mae_vit_b16" in c]  # noqa: E731
-    assert commands(missing(["ocl_t6"], [], quiet)) and not commands(missing(["ocl_t6"], records(of_public()), quiet))
 
 
 def test_in_the_ledgers_tables_their_row_says_so_and_is_no_seed_of_ours(home):

@@ -232,7 +232,8 @@ def _open(run: str, seed: int, image_size: int | None, told: Told) -> Subject:
         raise UserError(f"'{run}': give a run folder, a weights file, timm:NAME or untrained:ARCH")
     path, info = find_weights(run)
     if not _is_ours(path):
-        return _public(public.read_file(path), str(path), *public.statistics({}), told, path)
+        tree = public.read_file(path)
+        return _public(tree, str(path), *public.statistics_of_file(tree, path, told.method), told, path)
     return replace(_from_file(path, info), name=path.stem)
 
 

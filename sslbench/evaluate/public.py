@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,8 @@ def read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        # MAE's and DINO's checkpoints keep their command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # MAE's and DINO's checkpoints keep their command line beside the weights; SimMIM's a dict of yacs, read as one.
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(
@@ -210,5 +212,36 @@ def _check_grid(table: Tensor, said: Any, where: str) -> None:
         warnings.warn(f"{where}: its {n} positions are learned ones, taken for a grid of {side} x {side}", stacklevel=3)
 
 
-def statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of a channel, of values in 0..1
+HALF: Statistics = ((0.5,) * 3, (0.5,) * 3)
+
+
+def statistics(config: dict[str, Any]) -> Statistics:
+    """Of a model of timm's."""
     return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
+
+
+def statistics_of_file(tree: Any, path: Path, method: str | None) -> Statistics:
+    """By which a file's model takes its images: ImageNet's, but where it is told that they are others.
+
+    transformers keeps them in preprocessor_config.json beside the weights. BEiT's code takes 0.5 unless its command
+    line says imagenet_default_mean_and_std, and keeps that in its checkpoints; of those without, BEiT itself has 0.5,
+    who builds on its code ImageNet's. A warning says where this is a guess.
+    """
+    names = names_in(tree)
+    if any(name.endswith(MARKERS[1]) for name in names):
+        beside = path.parent / "preprocessor_config.json"
+        try:
+            config = json.loads(beside.read_text())
+            return tuple(config["image_mean"]), tuple(config["image_std"])
+        except (OSError, ValueError, KeyError, TypeError):
+            warnings.warn(f"{path}: no {beside.name} beside it says by which mean and deviation it takes its images; "
+                          "ImageNet's are taken", stacklevel=2)  # fmt: skip
+    elif any(name.endswith("attn.q_bias") for name in names):
+        imagenets = stated(tree, ("imagenet_default_mean_and_std",))
+        if imagenets is None and method is None:
+            warnings.warn(f"{path}: it does not say by which mean and deviation it takes its images; ImageNet's are "
+                          "taken, --as BEiT takes 0.5", stacklevel=2)  # fmt: skip
+        if imagenets is False or (imagenets is None and (method or "").casefold() == "beit"):
+            return HALF
+    return IMAGENET_MEAN, IMAGENET_STD
