@@ -40,13 +40,14 @@ def relevance(encoder: VisionTransformer, images: Tensor, pool: str, mean: Tenso
     tells this image from the others, as its logit in contrastive learning does. |f|^2 / 2, the same with mean 0, will
     not do: where f is one token after LayerNorm its length hardly varies, and its gradient is nothing but rounding.
     The row is that of CLS, or where f is a mean of tokens the mean of theirs; I, the skip path, is taken off.
+    Relative positions take no share of the relevance, as biases take none; registers have no place in the picture.
     A picture, not a measurement: the rules divide by scores near 0, so now and then a map moves with noise of 1e-4.
     """
     with torch.enable_grad():
         # Float64: the rules divide by values of any size, and what they blow up has to cancel.
         encoder = copy.deepcopy(encoder).double()
         seen, tokens = watch(encoder, images.double())
-        f = pool_tokens(tokens, pool)
+        f = pool_tokens(encoder.in_place(tokens), pool)
         logit = (f * (f - mean).detach()).sum()
         toward, *gradients = torch.autograd.grad(logit, [tokens, *(s.attention for s in seen)])
     with torch.no_grad():
@@ -57,7 +58,8 @@ def relevance(encoder: VisionTransformer, images: Tensor, pool: str, mean: Tenso
         for i in reversed(range(len(seen))):
             r, of_attention = through_block(encoder.blocks[i], seen[i], r)
             product = product @ (eye + (gradients[i] * of_attention).clamp_min(0).mean(1))
-        return pool_tokens(product - eye, pool)[:, 1:].float()
+        first = int(encoder.parts.cls)
+        return pool_tokens(encoder.in_place(product - eye), pool)[:, first : first + encoder.n_patches].float()
 
 
 class Seen(NamedTuple):
@@ -78,14 +80,15 @@ class Seen(NamedTuple):
 
 
 def watch(encoder: VisionTransformer, images: Tensor) -> tuple[list[Seen], Tensor]:
-    """What every block saw, and `encoder(images)`."""
+    """What every block saw, and what the last norm gives: `encoder(images)`, with the registers that it may have."""
     seen: list[Seen] = []
     x = encoder.tokens(images).detach().requires_grad_()
     for module in encoder.blocks:
         block: Any = module
         x_normed = block.norm1(x)
         q, k, v = (split_heads(t, block.attn.num_heads) for t in block.attn.qkv(x_normed).chunk(3, dim=-1))
-        attention = (q @ k.transpose(-2, -1) * block.attn.scale).softmax(-1)
+        scores = q @ k.transpose(-2, -1) * block.attn.scale
+        attention = (scores if (bias := block.bias()) is None else scores + bias).softmax(-1)
         mixed = merge_heads(attention @ v)
         attended = block.attn.proj(mixed)
         middle = x + attended

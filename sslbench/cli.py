@@ -97,6 +97,13 @@ Run = Annotated[
     str | None,
     typer.Argument(help="Run folder, weights file, timm:NAME, untrained:ARCH; the newest run if left out."),
 ]
+As = Annotated[str | None, typer.Option("--as", metavar="METHOD", help="Of public weights: the method, such as mae.")]
+PretrainedOn = Annotated[
+    str | None, typer.Option("--pretrained-on", metavar="DATA", help="Of public weights: their data, such as imagenet.")
+]
+ToldEpochs = Annotated[
+    float | None, typer.Option("--epochs", min=0, metavar="N", help="Of public weights: epochs of pre-training.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="The folder to write to.")]
 
 
@@ -245,11 +252,16 @@ def _eval_command(kind: str, help: str) -> None:
         sets: Sets = None,
         seed: EvalSeed = None,
         seeds: Seeds = 1,
+        as_: As = None,
+        pretrained_on: PretrainedOn = None,
+        epochs: ToldEpochs = None,
         as_json: Json = False,
     ) -> None:
         from .evaluate.run import eval_recipe, evaluate_named
+        from .evaluate.told import tell
 
-        answer(as_json, evaluate_named(eval_recipe(kind, recipe, sets or []), run, data, seed, seeds, console(as_json)))
+        told, protocol = tell(as_, pretrained_on, epochs), eval_recipe(kind, recipe, sets or [])
+        answer(as_json, evaluate_named(protocol, run, data, seed, seeds, console(as_json), told))
 
 
 _eval_command("knn", "Weighted k-nearest neighbours on frozen features.")
@@ -265,12 +277,17 @@ def _transfer_command(kind: str, help: str) -> None:
         data: Annotated[str | None, typer.Option("--data", help="Folder; $SSLBENCH_DATA's if left out.")] = None,
         recipe: Annotated[str | None, typer.Option("--recipe", help="Name or path of a transfer recipe.")] = None,
         sets: Sets = None,
+        as_: As = None,
+        pretrained_on: PretrainedOn = None,
+        epochs: ToldEpochs = None,
         as_json: Json = False,
     ) -> None:
+        from .evaluate.told import tell
         from .transfer.protocol import transfer_recipe
         from .transfer.run import transfer
 
-        answer(as_json, transfer(transfer_recipe(kind, recipe, sets or []), run, data, console(as_json)))
+        told, protocol = tell(as_, pretrained_on, epochs), transfer_recipe(kind, recipe, sets or [])
+        answer(as_json, transfer(protocol, run, data, console(as_json), told=told))
 
 
 _transfer_command("coco", "Mask R-CNN: box and mask AP. The same command again resumes an unfinished run.")
@@ -405,12 +422,16 @@ def inspect(
     data: Annotated[str | None, typer.Option("--data", help="Images to show; the run's own data if left out.")] = None,
     images: Annotated[int, typer.Option(min=1, max=64, help="How many to show.")] = 6,
     out: Out = None,
+    as_: As = None,
+    pretrained_on: PretrainedOn = None,
+    epochs: ToldEpochs = None,
     as_json: Json = False,
 ) -> None:
     """A page of pictures: what the method does to images, what the encoder looks at, how alike its tokens are."""
     from .commands.inspect import inspect as look
+    from .evaluate.told import tell
 
-    answer(as_json, look(run, data, images, out, console(as_json)))
+    answer(as_json, look(run, data, images, out, console(as_json), tell(as_, pretrained_on, epochs)))
 
 
 @app.command()

@@ -104,6 +104,11 @@ class Record(Part):
         """The pre-training's seed. `seed` is the evaluation's, which differs where it was asked for."""
         return int(self.condition.get("pretrain_seed", self.seed))
 
+    @property
+    def public(self) -> bool:
+        """Whether the weights are others', published: method and pre-training are as they were told."""
+        return self.condition.get("weights") == "public"
+
 
 def ledger_folder() -> Path:
     return home() / "results" / "ledger"
@@ -205,17 +210,20 @@ def _together(pretraining: dict[str, Any] | None, evaluation: dict[str, Any], pe
 
 
 def _of_encoder(encoder: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What of the encoder is a condition of the number: a schedule that had not ended, a seed that is another."""
+    """What of the encoder is a condition of the number: a schedule that had not ended, public weights, another seed."""
     condition = {}
     if (share := encoder.get("milestone")) is not None:
         condition["milestone"] = share
+    if encoder.get("public"):
+        condition["weights"] = "public"
     if encoder.get("seed") not in (None, seed):
         condition["pretrain_seed"] = encoder["seed"]
     return condition
 
 
-# The papers' sets of photographs.
-FULL_SIZE = {"imagenet", "imagenet100", "coco", "imagenette", "imagewoof", "ade20k", "inat18", "inat19", "flowers102"}
+# Sets of photographs: the papers', and what public weights were trained on.
+FULL_SIZE = {"imagenet", "imagenet100", "coco", "imagenette", "imagewoof", "ade20k", "inat18", "inat19", "flowers102",
+             "imagenet22k", "lvd142m"}  # fmt: skip
 
 
 def scale_of(pretrain_data: str, image_size: int) -> Scale:

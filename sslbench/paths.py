@@ -29,6 +29,11 @@ def home() -> Path:
     return Path(os.environ.get("SSLBENCH_HOME") or ".").expanduser()
 
 
+def inspected(weights_sha256: str) -> Path:
+    """Where `inspect` puts its page of public weights, which have no run folder, and where a report looks for it."""
+    return home() / "results" / "inspect" / weights_sha256[:16]
+
+
 def data_root() -> Path | None:
     """The folder in which a bare name of a data set is looked up: `$SSLBENCH_DATA`."""
     root = os.environ.get("SSLBENCH_DATA")

@@ -6,6 +6,7 @@ channels encodes x, pre-norm blocks with LayerNorm eps 1e-6, qkv bias, exact GEL
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,10 +55,48 @@ ARCHS: dict[str, Arch] = {
     "vit_mini4": Arch(4, 192, 6, 3, 32, "vit_tiny_patch16_224"),  # half of vit_ti4, for minutes on two CPU cores
     "vit_micro4": Arch(4, 96, 3, 3, 24, "vit_tiny_patch16_224"),  # quickstart's: for a minute on one
     "vit_micro8": Arch(8, 96, 3, 3, 64, "vit_tiny_patch16_224"),  # the same for 64 pixels
+    "vit_s8": Arch(8, 384, 12, 6, 224, "vit_small_patch8_224"),  # DINO's
+    "vit_b8": Arch(8, 768, 12, 12, 224, "vit_base_patch8_224"),
+    "vit_s14": Arch(14, 384, 12, 6, 224, "vit_small_patch14_dinov2"),  # DINOv2's
+    "vit_b14": Arch(14, 768, 12, 12, 224, "vit_base_patch14_dinov2"),
+    "vit_l14": Arch(14, 1024, 24, 16, 224, "vit_large_patch14_dinov2"),
     "macrl12": Arch(4, 512, 12, 4, 32),  # MACRL section 4.1
     "macrl12_p8": Arch(8, 512, 12, 4, 64),  # the same on Tiny-ImageNet (section 4.2)
     "macrl4": Arch(16, 512, 4, 4, 224),  # MACRL section 4.2
 }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a published ViT has beyond the plain one, or lacks of it."""
+
+    cls: bool = True
+    registers: int = 0  # tokens beside CLS and patches, without a place in the grid
+    relative: bool = False  # a table of relative positions in each block
+    absolute: bool = True  # positions that are added to tokens; without them `pos_embed` is zero
+    pooled_norm: bool = False  # the last norm follows the mean of patches; tokens have none
+
+    def __str__(self) -> str:
+        """`no CLS, 4 registers`; '' of a plain one."""
+        named = {
+            "no CLS": not self.cls,
+            f"{self.registers} token(s) beside CLS and patches": self.registers,
+            "relative positions": self.relative,
+            "no absolute positions": not self.absolute,
+            "a norm behind the mean of patches": self.pooled_norm,
+        }
+        return ", ".join(name for name, has in named.items() if has)
+
+
+PLAIN = Parts()
+
+
+def parts_of(state: Mapping[str, Tensor]) -> Parts:
+    """The parts of the encoder whose state dict that is."""
+    registers = state["registers"].shape[1] if "registers" in state else 0
+    relative, pooled = "blocks.0.relative.table" in state, "pooled_norm.weight" in state
+    absolute = not relative or bool(state["pos_embed"].any())
+    return Parts("cls_token" in state, registers, relative, absolute, pooled)
 
 
 def get_arch(name: str) -> Arch:
@@ -82,6 +121,23 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     halves = [torch.outer(axis.reshape(-1), omega) for axis in (x, y)]
     table = torch.cat([f(h) for h in halves for f in (torch.sin, torch.cos)], dim=1)
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])[None].float()
+
+
+def rebuilt_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """The fixed sin-cos table of a `new` grid, (1, 1 + N, D), in the layout that `table` has at `old`.
+
+    MAE's or MoCo v3's: in the other layout than the encoder was trained with, rows and columns would trade places.
+    UserError: the table is neither, so its positions were learned and no formula gives them at another size.
+    """
+    dim = table.shape[-1]
+    of_formula = sincos_positions(dim, old).to(table.device)
+    for shift in (0, dim // 2):  # MAE's layout, MoCo v3's
+        if torch.allclose(table[:, 1:].float(), of_formula[:, 1:].roll(shift, -1), atol=1e-3):
+            return sincos_positions(dim, new).roll(shift, -1)
+    raise UserError(
+        "positions cannot be rebuilt at another size: the encoder's are not sin-cos, in MAE's layout or MoCo v3's, but "
+        "learned; resample them instead (--set science.encoder.rebuild_positions=false)"
+    )
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -118,16 +174,44 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: (B, heads, T, d) and (B, heads, S, d) twice -> (B, heads, T, d).
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v: (B, heads, T, d) and (B, heads, S, d) twice -> (B, heads, T, d).
+
+    bias: of relative positions, (1, heads, T, S); None: none.
 
     By torch's fused kernel, but for bf16 on a CPU, whose backward pass takes ten times as long there as that of the
     matrix products it is made of (vit_b16 at 224 px on two cores: 5.7 -> 14.8 images/s). Without gradients too,
     though the kernel is quicker then: features are to be the same in both.
     """
+    bias = None if bias is None else bias.to(q.dtype)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return (scores if bias is None else scores + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class RelativeTable(nn.Module):
+    """A learned bias for each head and each offset between two tokens of a grid, and, with `cls`, three for CLS."""
+
+    def __init__(self, grid: tuple[int, int], heads: int, cls: bool = False) -> None:
+        super().__init__()
+        self.grid = grid
+        self.table = nn.Parameter(torch.zeros(heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
+        # CLS as query, CLS as key, CLS with itself.
+        self.cls = nn.Parameter(torch.zeros(3, heads)) if cls else None
+
+    def forward(self) -> Tensor:
+        """(1, heads, T, T), query by key."""
+        rows, columns = self.grid
+        # [h, a, b, i, j] = table[h, a + i, b + j]; key (c, d) is i = rows - 1 - c, j = columns - 1 - d: offset a - c.
+        bias = self.table.unfold(1, rows, 1).unfold(2, columns, 1).flip(-1, -2)
+        bias = bias.reshape(1, -1, rows * columns, rows * columns)
+        if self.cls is None:
+            return bias
+        query, key, both = (c.view(1, -1, 1, 1) for c in self.cls)
+        n = rows * columns
+        top = torch.cat([both, query.expand(-1, -1, 1, n)], dim=3)
+        return torch.cat([top, torch.cat([key.expand(-1, -1, n, 1), bias], dim=3)], dim=2)
 
 
 class Block(timm_vit.Block):
@@ -136,6 +220,11 @@ class Block(timm_vit.Block):
     def __init__(self, dim: int, heads: int) -> None:
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(dim, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
+        self.relative: RelativeTable | None = None
+
+    def bias(self, rows: slice | None = None) -> Tensor | None:
+        """Of the scores, (1, heads, T, T), its `rows`; None where the block has no relative positions."""
+        return None if self.relative is None else self.relative()[:, :, rows or slice(None)]
 
     def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:  # type: ignore[override]
         """(B, T, D) -> (B, T, D), or its `rows` at the cost of those: only they are queries and see the MLP.
@@ -151,7 +240,8 @@ class Block(timm_vit.Block):
             q = F.linear(y[:, rows], attn.qkv.weight[:d], attn.qkv.bias[:d])
             k, v = F.linear(y, attn.qkv.weight[d:], attn.qkv.bias[d:]).chunk(2, dim=-1)
             x = x[:, rows]
-        y = attention(*(split_heads(t, attn.num_heads) for t in (q, k, v)))
+        q, k, v = (split_heads(t, attn.num_heads) for t in (q, k, v))
+        y = attention(q, k, v, self.bias(rows))
         x = x + self.drop_path1(attn.proj(y.transpose(1, 2).flatten(2)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -162,15 +252,18 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """A plain ViT whose state dict is timm's, key for key. Call `initialise` on it, or on what contains it."""
+    """A plain ViT whose state dict is timm's, key for key. Call `initialise` on it, or on what contains it.
 
-    def __init__(self, arch: Arch, image: int | tuple[int, int] | None = None) -> None:
+    parts: what one that others trained has besides. Whatever they are, `forward` gives CLS and the patches.
+    """
+
+    def __init__(self, arch: Arch, image: int | tuple[int, int] | None = None, parts: Parts = PLAIN) -> None:
         super().__init__()
         image = image or arch.image
         size = (image, image) if isinstance(image, int) else image
         if size[0] % arch.patch or size[1] % arch.patch:
             raise UserError(f"an image of {size[0]} x {size[1]} pixels is not a multiple of the patch, {arch.patch}")
-        self.arch, self.image = arch, size
+        self.arch, self.image, self.parts = arch, size, parts
         self.grid = (size[0] // arch.patch, size[1] // arch.patch)
         self.n_patches = self.grid[0] * self.grid[1]
         self.patch_embed = PatchEmbed(size, arch.patch, 3, arch.dim)
@@ -178,13 +271,38 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(arch.dim, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(arch.dim, arch.heads) for _ in range(arch.depth))
         self.norm: nn.Module = nn.LayerNorm(arch.dim, eps=1e-6)
+        if parts != PLAIN:
+            self._add(parts)
+
+    def _add(self, parts: Parts) -> None:
+        if not parts.cls:
+            del self.cls_token
+        if parts.registers:
+            self.registers = nn.Parameter(torch.zeros(1, parts.registers, self.arch.dim))
+        if parts.relative:
+            blocks: Any = self.blocks
+            for block in blocks:
+                block.relative = RelativeTable(self.grid, self.arch.heads, cls=True)
+        if parts.pooled_norm:
+            self.pooled_norm, self.norm = self.norm, nn.Identity()
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """The features that it has: see `pool_tokens`."""
+        whole = self.parts.cls and not self.parts.pooled_norm
+        return ("cls", "mean", "mean_all") if whole else ("mean",)
+
+    def feature(self, tokens: Tensor, pool: str) -> Tensor:
+        """One feature an image: what `forward` gave, (B, 1 + N, D) -> (B, D), for one of `pools`."""
+        pooled = pool_tokens(tokens, pool)
+        return self.pooled_norm(pooled) if self.parts.pooled_norm else pooled
 
     def freeze_patch_embed(self) -> None:
         """Keep the projection at its random values (OCL section 2.1, after MoCo v3)."""
         self.patch_embed.requires_grad_(False)
 
     def tokens(self, images: Tensor, keep: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        """Embed images (B, 3, H, W), with CLS in front and positions added.
+        """Embed images (B, 3, H, W), with CLS in front and positions added; behind the patches, what registers it has.
 
         keep: patch indices to embed, all others cost nothing. None -> (B, 1 + N, D); (B, K) -> (B, 1 + K, D);
         (B, G, K), G groups of the same image -> (B * G, 1 + K, D), row b * G + g being group g of image b.
@@ -203,15 +321,25 @@ class VisionTransformer(nn.Module):
         x = F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
         x = (x if gain is None else x * gain) + positions
         x = x.reshape(b * groups, -1, x.shape[-1])
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(b * groups, -1, -1)
-        return torch.cat([cls.to(x.dtype), x], dim=1)
+        rows = [x]
+        if self.parts.cls:
+            rows = [(self.cls_token + self.pos_embed[:, :1]).expand(b * groups, -1, -1).to(x.dtype), x]
+        if self.parts.registers:
+            rows.append(self.registers.expand(b * groups, -1, -1).to(x.dtype))
+        return torch.cat(rows, dim=1)
 
     def encode(self, tokens: Tensor, cls_only: bool = False) -> Tensor:
-        """All blocks and the final LayerNorm: (B, T, D) -> (B, T, D), or -> (B, 1, D) where only CLS is read."""
+        """All blocks and the final LayerNorm: (B, T, D) -> (B, 1 + K, D), or -> (B, 1, D) where only CLS is read."""
         *body, last = self.blocks
         for block in body:
             tokens = block(tokens)
-        return self.norm(last(tokens, slice(0, 1) if cls_only else None))
+        x = self.norm(last(tokens, slice(0, 1) if cls_only else None))
+        return x if cls_only else self.in_place(x)
+
+    def in_place(self, tokens: Tensor) -> Tensor:
+        """Rows of all tokens (B, T, D) -> of CLS and patches, (B, 1 + K, D). A CLS that it has not is NaN."""
+        tokens = tokens[:, : tokens.shape[1] - self.parts.registers]
+        return tokens if self.parts.cls else F.pad(tokens, (0, 0, 1, 0), value=float("nan"))
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         return self.encode(self.tokens(images, keep))
@@ -219,9 +347,9 @@ class VisionTransformer(nn.Module):
     def cls_attention(self, tokens: Tensor, layers: list[int], softmax: bool = True, scale: float = 1.0) -> Tensor:
         """What CLS attends to: the head-mean attention of CLS to each patch in blocks `layers`, (B, L, N).
 
-        tokens (B, 1 + N, D), embedded. softmax False: the scaled scores, before the softmax over all keys. scale:
-        a factor on the scores beside the usual 1 / sqrt(D / heads). Runs no further than the last block
-        named, and in that block no further than its scores.
+        tokens: embedded, (B, 1 + N, D), and what registers there are. softmax False: the scaled scores, before the
+        softmax over all keys. scale: a factor on the scores beside the usual 1 / sqrt(D / heads). Runs no further than
+        the last block named, and in that block no further than its scores.
         """
         rows = []
         blocks: Any = self.blocks[: max(layers) + 1]
@@ -230,10 +358,12 @@ class VisionTransformer(nn.Module):
             q, k, v = (split_heads(t, attn.num_heads) for t in attn.qkv(block.norm1(tokens)).chunk(3, dim=-1))
             if i in layers:
                 scores = (q[:, :, :1] * (attn.scale * scale)) @ k.transpose(-2, -1)
+                if (bias := block.bias(slice(0, 1))) is not None:
+                    scores = scores + scale * bias
                 scores = scores.softmax(-1) if softmax else scores
-                rows.append(scores.mean(1)[:, 0, 1:].float())
+                rows.append(scores.mean(1)[:, 0, 1 : scores.shape[-1] - self.parts.registers].float())
             if i < max(layers):
-                tokens = tokens + attn.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+                tokens = tokens + attn.proj(attention(q, k, v, block.bias()).transpose(1, 2).flatten(2))
                 tokens = tokens + block.mlp(block.norm2(tokens))
         return torch.stack(rows, 1)
 

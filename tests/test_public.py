@@ -76,10 +76,10 @@ def test_timm_by_name_is_measured_and_says_so(model, few_images, home, tmp_path)
     ("change", "says"),
     [
         (lambda s: {**s, "norm_pre.weight": s["norm.weight"]}, "not a plain ViT: it has norm_pre.weight"),
-        (lambda s: {**s, "blocks.0.ls1.gamma": s["norm.weight"]}, "has blocks.0.ls1.gamma"),
+        (lambda s: {**s, "blocks.0.attn.q_norm.weight": s["norm.weight"]}, "has blocks.0.attn.q_norm.weight"),
         (lambda s: {k: v for k, v in s.items() if not k.startswith("norm.")}, "lacks norm.bias"),
         (lambda s: {k: v for k, v in s.items() if not k.startswith("blocks.11.")}, "depth 11 is none of the archs"),
-        (lambda s: {**s, "pos_embed": s["pos_embed"][:, :-1]}, "expected positions"),
+        (lambda s: {**s, "pos_embed": s["pos_embed"][:, :-2]}, "expected positions"),
         (lambda s: {"conv1.weight": torch.zeros(1)}, "no 'patch_embed.proj.weight'"),
         (lambda s: {"weights": 3}, "no weights in it"),
         (lambda s: [1, 2], "expected a state dict"),

@@ -174,7 +174,7 @@ def test_windows_that_overhang_are_filled_with_zeros_and_cut_off_again(grid):
 
 def test_relative_positions_add_what_their_tables_say():
     heads, c, grid = 3, 16, (3, 4)
-    table, parts = vit.OffsetTable(grid, heads, cls=True), vit.Decomposed(grid, c)
+    table, parts = vit.RelativeTable(grid, heads, cls=True), vit.Decomposed(grid, c)
     for p in (*table.parameters(), *parts.parameters()):
         nn.init.normal_(p)
     bias, q, k = table(), torch.randn(1, heads, 12, c), torch.randn(1, heads, 12, c)

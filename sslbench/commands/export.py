@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..evaluate.features import open_subject
 from ..files import write_weights
 from ..report.tables import UNTRAINED
+from ..vit import PLAIN
 
 
 def export(run: str, format: str, out: Path | None, console: Console) -> dict[str, Any]:
@@ -25,6 +26,8 @@ def export(run: str, format: str, out: Path | None, console: Console) -> dict[st
     subject = open_subject(run)
     if subject.method == UNTRAINED:
         raise UserError(f"'{run}' is random weights; nothing to export")
+    if subject.encoder.parts != PLAIN:
+        raise UserError(f"'{run}' is no plain ViT, it has {subject.encoder.parts}: give others its own file")
     name, kwargs = subject.encoder.arch.timm, subject.encoder.arch.timm_kwargs(subject.encoder.image[0])
     metadata = {"timm_kwargs": json.dumps(kwargs)}
     if format == "timm":

@@ -24,9 +24,10 @@ from ..data.loader import evaluation_sample, seed_of
 from ..device import default_device
 from ..errors import UserError
 from ..evaluate.features import Subject, load_exactly, newest_run, open_subject
+from ..evaluate.told import NOTHING, PUBLIC, Told
 from ..files import write_atomically
 from ..method import Method
-from ..paths import home
+from ..paths import home, inspected
 from ..recipe import load_yaml, resolve
 from ..report.figures import STYLE, picture
 from ..report.page import CSS
@@ -34,7 +35,6 @@ from ..train.build import build
 from ..train.run import read_run
 from ..train.state import newest_checkpoint
 from ..views import normalise
-from ..vit import pool_tokens
 
 SAMPLE = 256  # images that the token similarity and the mean feature are taken over
 CHUNK = 4  # images whose relevance is in memory at once: some 2 GiB of it for ViT-B
@@ -47,12 +47,18 @@ class Column:
     images: Tensor  # (B, 3, H, W) in 0..255
 
 
-def inspect(run: str | None, spec: str | None, images: int, out: Path | None, console: Console) -> dict[str, Any]:
-    """Write inspect.{html,png,json} into `out`, or into RUN/inspect/. Returns where, and the token similarity."""
+def inspect(
+    run: str | None, spec: str | None, images: int, out: Path | None, console: Console, told: Told = NOTHING
+) -> dict[str, Any]:
+    """Write inspect.{html,png,json} into `out`, into RUN/inspect/, or, of public weights, into a folder of
+    results/inspect/, where the report finds it. Returns where, and the token similarity. told: what public weights are.
+    """
     if run is None:
         run = str(newest_run())
         console.print(f"the newest finished run: {run}")
-    subject = open_subject(run)
+    subject = open_subject(run, told=told)
+    if note := subject.note():
+        console.print(note, markup=False)
     method = trained_method(subject, console)
     if not (spec := spec or subject.data):
         spec = "builtin"
@@ -60,7 +66,7 @@ def inspect(run: str | None, spec: str | None, images: int, out: Path | None, co
     data = any_split(spec)
     device = default_device()
     similar, columns = look(subject, method, data, images, device)
-    folder = out or (subject.path.parent / "inspect" if subject.path else home() / "results" / "inspect")
+    folder = out or folder_of(subject)
     png = draw(columns)
     page = write_page(subject, method, data, similar, columns, png)
     found = {
@@ -84,6 +90,12 @@ def inspect(run: str | None, spec: str | None, images: int, out: Path | None, co
         "arch": subject.arch,
         "columns": [c.title for c in columns],
     }
+
+
+def folder_of(subject: Subject) -> Path:
+    if subject.path:
+        return subject.path.parent / "inspect"
+    return inspected(subject.sha256) if subject.public is not None else home() / "results" / "inspect"
 
 
 def trained_method(subject: Subject, console: Console) -> Method | None:
@@ -130,7 +142,7 @@ def look(
     for batch in evaluation_sample(data, SAMPLE, size).split(64):
         tokens = encoder(normalise(batch.to(device), subject.mean, subject.std))
         alike.append(token_similarity(tokens[:, 1:]))
-        features.append(pool_tokens(tokens, subject.pool))
+        features.append(encoder.feature(tokens, subject.pool))
     mean = torch.cat(features).mean(0)
 
     shown = evaluation_sample(data, n, size).to(device)
@@ -138,26 +150,24 @@ def look(
     patches = F.normalize(encoder(x)[:, 1:], dim=-1)
     rows, cols = encoder.grid
     centre = rows // 2 * cols + cols // 2
-    of_feature = torch.cat([relevance(encoder, part, subject.pool, mean) for part in x.split(CHUNK)])
     columns = [Column("input", "the image as evaluations see it", shown)]
     if method is not None:
         columns += [Column(k, explain(k), coloured(v)) for k, v in pictures(method.to(device).eval(), shown).items()]
     feature = {"cls": "CLS", "mean": "the mean of patches", "mean_all": "the mean of all tokens"}[subject.pool]
-    for title, about, values in (
-        ("attention", "of CLS to each patch in the last block, mean over heads", last_block_attention(encoder, x)),
-        (
-            "relevance",
+    maps: list[tuple[str, str, Tensor]] = []
+    if encoder.parts.cls:
+        about = "of CLS to each patch in the last block, mean over heads"
+        maps.append(("attention", about, last_block_attention(encoder, x)))
+    if not encoder.parts.pooled_norm:  # whose head is not linear in the tokens
+        about = (
             f"how much each patch speaks for what sets the image's feature ({feature}) apart from the mean feature: "
-            "attention of all blocks, weighted by gradient and relevance (Chefer, Gur, Wolf 2021)",
-            of_feature,
-        ),
-        (
-            "similarity to the centre",
-            "cosine of each patch's token in the last layer and that of the centre patch, which is itself 1",
-            (patches @ patches[:, centre, :, None])[..., 0],
-        ),
-    ):
-        columns.append(Column(title, about, coloured(values.unflatten(1, encoder.grid)[:, None])))
+            "attention of all blocks, weighted by gradient and relevance (Chefer, Gur, Wolf 2021)"
+        )
+        found = torch.cat([relevance(encoder, part, subject.pool, mean) for part in x.split(CHUNK)])
+        maps.append(("relevance", about, found))
+    about = "cosine of each patch's token in the last layer and that of the centre patch, which is itself 1"
+    maps.append(("similarity to the centre", about, (patches @ patches[:, centre, :, None])[..., 0]))
+    columns += [Column(title, about, coloured(v.unflatten(1, encoder.grid)[:, None])) for title, about, v in maps]
     return torch.cat(alike).cpu(), columns
 
 
@@ -238,6 +248,7 @@ def draw(columns: list[Column]) -> bytes:
     return picture(figure, "png")
 
 
+ENCODERS = ("input", "attention", "relevance", "similarity to the centre")  # columns that any encoder may have
 RAMP = ", ".join(mpl.colors.to_hex(mpl.colormaps["viridis"](i / 8)) for i in range(9))
 MORE_CSS = f"""
 body {{ max-width: 80rem; }} p, dl {{ max-width: 60rem; }}
@@ -255,7 +266,7 @@ def write_page(
     name = f"{subject.method} {subject.arch}"
     if method is None:
         views = "There is no checkpoint beside these weights: the method's own columns are left out."
-    elif not columns[1:-3]:
+    elif not any(c.title not in ENCODERS for c in columns):
         views = "The method draws no pictures of its own."
     elif method.crops == 1:
         views = "The method's own columns are of the whole image; training cuts a random crop of it first."
@@ -265,7 +276,9 @@ def write_page(
     about = "".join(f"<dt>{escape(c.title)}</dt><dd>{escape(c.about)}</dd>" for c in columns)
     facts = facts_of(subject, data)
     trained = facts.get("pre-training", "not recorded" if subject.path else "none, the weights are random")
-    told = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+    known = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+    pooled = subject.encoder.parts.pooled_norm
+    after = "the last block, which no norm follows in this model" if pooled else "the last layer's norm"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
@@ -274,7 +287,7 @@ def write_page(
 <h1>{escape(name)} in pictures</h1>
 <p class="soft">Pre-training: {escape(trained)}. Images: {escape(facts["images"])}.</p>
 <p class="note">Token similarity <span class="big">{similar.mean():.3f}</span> ± {similar.std(correction=0):.3f}<br>
-<span class="soft">The mean cosine over all pairs of patches of an image, of their tokens after the last layer's norm;
+<span class="soft">The mean cosine over all pairs of patches of an image, of their tokens after {after};
 mean and standard deviation over {len(similar)} images. Near 1 all patches of an image look alike to the encoder,
 which contrastive terms in the loss encourage (ASL, Figure 1).</span></p>
 <div class="scroll"><img width="{width}" alt="A row an image: {escape(", ".join(c.title for c in columns))}"
@@ -284,7 +297,7 @@ src="data:image/png;base64,{base64.b64encode(png).decode()}"></div>
 <h2>The columns</h2>
 <dl>{about}</dl>
 <h2>The run</h2>
-<dl>{told}</dl>
+<dl>{known}</dl>
 </body></html>
 """
 
@@ -295,12 +308,15 @@ def facts_of(subject: Subject, data: ImageSet) -> dict[str, str]:
     if subject.path:
         with safe_open(subject.path, "pt") as f:
             metadata = f.metadata()
+    trained = f"{counted(subject.epochs)} of {data_name(subject.data)}" if subject.data else None
+    if subject.public is not None:
+        trained = f"{PUBLIC}, {subject.public}" if subject.public else f"{PUBLIC}, of unknown origin"
     facts = {
         "run": subject.path.parent.name if subject.run and subject.path else None,
         "method": subject.method,
         "preset": subject.run.get("preset"),
         "arch": f"{subject.arch}, {subject.encoder.image[0]} pixels, {subject.encoder.n_patches} patches",
-        "pre-training": f"{counted(subject.epochs)} of {data_name(subject.data)}" if subject.data else None,
+        "pre-training": trained,
         "recipe": metadata.get("recipe_hash"),
         "seed": subject.run.get("seed"),
         "weights": subject.sha256,

@@ -23,15 +23,15 @@ from ..data.images import MemoryImages
 from ..data.loader import evaluation_batches, has_smaller, seed_of
 from ..errors import UserError
 from ..files import check_weights, digest, not_finite, tensors_sha256, write_atomically
+from ..method import get_method, methods
 from ..paths import home
 from ..provenance import cores
 from ..recipe import Augment, load_yaml
 from ..train.run import milestone, read_run, read_science
 from ..views import VIEW, normalise
-from ..vit import VisionTransformer, get_arch, initialise, pool_tokens
+from ..vit import VisionTransformer, get_arch, initialise
 from . import public
-
-POOLS = ("cls", "mean", "mean_all")
+from .told import NOTHING, PUBLIC, Told, both, of_timm
 
 
 @dataclass
@@ -51,11 +51,29 @@ class Subject:
     method: str = "untrained"
     data: str | None = None  # the SPEC it was pre-trained on
     name: str = ""  # as it was asked for
+    public: Told | None = None  # what these weights of others are; None: they are a run's of this suite, or random
+
+    def pool_of(self, asked: str | None) -> str:
+        """The feature that is read: the one that a recipe asks for, or its own. UserError: it has no such feature."""
+        pool = asked or self.pool
+        if pool not in self.encoder.pools:
+            raise UserError(
+                f"'{self.name}' has no feature '{pool}', only {', '.join(self.encoder.pools)}: it has "
+                f"{self.encoder.parts}; give --set science.pool={self.encoder.pools[0]}"
+            )
+        return pool
+
+    def note(self) -> str:
+        """What a command says of public weights; '' of others."""
+        if self.public is None:
+            return ""
+        told = f": {self.public}" if self.public else "; --as METHOD --pretrained-on DATA --epochs N says what they are"
+        return f"'{self.name}' is {PUBLIC}{told}"
 
     def facts(self) -> dict[str, Any]:
         """What a ledger record says of where the encoder comes from, plain data; of a run, as its run.json tells it."""
         run, spent = self.run, self.run.get("cost", {})
-        share = run.get("milestone")
+        share, public = run.get("milestone"), self.public
         return {
             "method": self.method,
             "preset": run.get("preset"),
@@ -63,7 +81,7 @@ class Subject:
             "pretrain": {
                 "recipe_hash": run.get("recipe_hash"),
                 "run": self.path.parent.name if self.path and run else None,
-                "data": run.get("data"),
+                "data": run.get("data") if public is None else public.data,
                 "epochs": self.epochs,
                 "images_seen": spent.get("images_seen"),
                 "batch": self.batch,
@@ -72,6 +90,7 @@ class Subject:
             "sha256": self.sha256,
             "seed": run.get("seed"),
             **({} if share is None else {"milestone": share}),
+            **({} if public is None else {"public": True}),
             "cost": {k: spent.get(k) for k in ("wall_s", "device_hours", "flops", "peak_memory_gib", "joules")},
         }
 
@@ -187,9 +206,19 @@ def _kept(run: str, share: float) -> tuple[Path, dict[str, Any]]:
     return path, {**info, "epochs": epochs, "cost": kept["cost"], "milestone": share}
 
 
-def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subject:
-    """RUN -> the encoder to evaluate: a run folder, a weights file (ours, or one as timm, MAE, MoCo v3 or DINO write),
-    `timm:NAME`, or `untrained:ARCH[@PIXELS]` (random, by seed)."""
+def open_subject(run: str, seed: int = 0, image_size: int | None = None, told: Told = NOTHING) -> Subject:
+    """RUN -> the encoder to evaluate: a run folder, a weights file (ours, or one of a published model as its authors
+    write it), `timm:NAME`, or `untrained:ARCH[@PIXELS]` (random, by seed).
+
+    told: what public weights are. UserError where they are none: a run of this suite says itself what it is.
+    """
+    subject = _open(run, seed, image_size, told)
+    if told and subject.public is None:
+        raise UserError(f"'{run}' is not {PUBLIC}: what it is, is known; leave out --as, --pretrained-on and --epochs")
+    return subject
+
+
+def _open(run: str, seed: int, image_size: int | None, told: Told) -> Subject:
     kind, colon, name = run.partition(":")
     if kind == "untrained" and colon:
         arch, at, pixels = name.partition("@")
@@ -198,12 +227,13 @@ def open_subject(run: str, seed: int = 0, image_size: int | None = None) -> Subj
         return replace(_untrained(arch, seed, int(pixels) if at else image_size), name=run)
     if kind == "timm" and colon:
         state, config = public.read_timm(name)
-        return _public(state, run, *public.statistics(config))
+        return _public(state, run, *public.statistics(config), both(of_timm(name, config), told, run))
     if colon and not Path(run).exists():
         raise UserError(f"'{run}': give a run folder, a weights file, timm:NAME or untrained:ARCH")
     path, info = find_weights(run)
     if not _is_ours(path):
-        return _public(public.read_file(path), str(path), *public.statistics({}), path)
+        tree = public.read_file(path)
+        return _public(tree, str(path), *public.statistics_of_file(tree, path, told.method), told, path)
     return replace(_from_file(path, info), name=path.stem)
 
 
@@ -227,13 +257,18 @@ def _is_ours(path: Path) -> bool:
 
 
 def _public(
-    tree: Any, where: str, mean: tuple[float, ...], std: tuple[float, ...], path: Path | None = None
+    tree: Any, where: str, mean: tuple[float, ...], std: tuple[float, ...], told: Told, path: Path | None = None
 ) -> Subject:
     encoder, arch = public.to_encoder(tree, where)
     tensors = encoder.state_dict()
     _refuse_not_finite(tensors, where)
-    method = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if path else where)
-    return Subject(encoder, tensors_sha256(tensors), arch, "cls", mean, std, {}, None, method=method, name=method)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if path else where)
+    plugin = next((m for m in methods() if told.method and m.casefold() == told.method.casefold()), None)
+    told = replace(told, method=plugin or told.method)
+    pool = get_method(plugin).pool if plugin else "cls"  # the feature that this suite reads of that method
+    pool = pool if pool in encoder.pools else encoder.pools[0]
+    return Subject(encoder, tensors_sha256(tensors), arch, pool, mean, std, {}, None, told.epochs,
+                   method=told.method or name, name=name, public=told)  # fmt: skip
 
 
 def _refuse_not_finite(tensors: dict[str, Tensor], where: str) -> None:
@@ -308,11 +343,11 @@ def extract(
             if (f.metadata() or {}).get("sha256") == tensors_sha256(features):
                 return features
     encoder = subject.encoder.to(device).eval()
-    parts: dict[str, list[Tensor]] = {pool: [] for pool in POOLS}
+    parts: dict[str, list[Tensor]] = {pool: [] for pool in encoder.pools}
     for images in evaluation_batches(data, size, batch, device, workers):
         tokens = encoder(normalise(images, subject.mean, subject.std))
-        for pool in POOLS:
-            parts[pool].append(pool_tokens(tokens, pool).float().cpu())
+        for pool in encoder.pools:
+            parts[pool].append(encoder.feature(tokens, pool).float().cpu())
     features = {pool: torch.cat(p) for pool, p in parts.items()}
     write_atomically(cache, safetensors_bytes(features, {"sha256": tensors_sha256(features)}))
     return features

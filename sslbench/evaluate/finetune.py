@@ -32,7 +32,7 @@ from ..recipe import Augment, Batch, Epochs, Optim
 from ..strict import Strict
 from ..train.optim import adamw, layer_groups
 from ..views import cut_out, normalise, one_view
-from ..vit import VisionTransformer, get_arch, pool_tokens, resample_positions
+from ..vit import VisionTransformer, get_arch, parts_of, pool_tokens, resample_positions
 from .features import Subject, read_safetensors
 from .job import LabelledJob
 
@@ -190,13 +190,15 @@ class Classifier(Method):
         super().__init__(None, encoder, augment)
         self.science, self.classes, self.pool = science, classes, science.pool  # type: ignore[misc]
         self.fc_norm: nn.Module = nn.Identity()
-        if science.pool == "mean":
+        if encoder.parts.pooled_norm:  # a published model's own: it goes on from there
+            self.fc_norm, encoder.pooled_norm = encoder.pooled_norm, nn.Identity()
+        elif science.pool == "mean":
             encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(encoder.arch.dim, eps=1e-6)
         self.head = nn.Linear(encoder.arch.dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
         encoder.requires_grad_(True)
-        encoder.pos_embed.requires_grad_(science.train_positions)
+        encoder.pos_embed.requires_grad_(science.train_positions and encoder.parts.absolute)
         blocks: Any = encoder.blocks
         for i, block in enumerate(blocks):
             rate = science.drop_path * i / max(1, len(blocks) - 1)
@@ -274,7 +276,7 @@ class FinetuneJob(LabelledJob):
 
     def flops_per_image(self) -> float:
         with torch.device("meta"):
-            encoder = VisionTransformer(self.subject.encoder.arch, self.image_size)
+            encoder = VisionTransformer(self.subject.encoder.arch, self.image_size, self.subject.encoder.parts)
             model = Classifier(self.science, encoder, self.augment, len(self.train.classes))
             with FlopCounterMode(display=False) as counter:
                 model.logits(torch.zeros(2, 3, *encoder.image)).sum().backward()
@@ -303,8 +305,13 @@ class FinetuneJob(LabelledJob):
 
 
 def resized(encoder: VisionTransformer, image: int) -> VisionTransformer:
-    """A copy of the encoder for images of another size, its positions resampled."""
-    new = VisionTransformer(encoder.arch, image)
+    """A copy of the encoder for images of another size, its positions resampled. UserError: they are relative."""
+    if encoder.parts.relative and image != encoder.image[0]:
+        raise UserError(
+            f"the encoder's relative positions are for images of {encoder.image[0]} pixels, not {image}; leave "
+            f"science.image_size out, or set it to {encoder.image[0]}"
+        )
+    new = VisionTransformer(encoder.arch, image, encoder.parts)
     state = dict(encoder.state_dict())
     state["pos_embed"] = resample_positions(state["pos_embed"], encoder.grid, new.grid)
     new.load_state_dict(state)
@@ -317,7 +324,7 @@ def load_classifier(path: Path) -> tuple[Classifier, list[str], str]:
     if meta.get("kind") != "classifier":
         raise UserError(f"{path} is not a fine-tuned model; `sslbench eval finetune` makes one of an encoder")
     classes = json.loads(meta["classes"])
-    encoder = VisionTransformer(get_arch(meta["arch"]), int(meta["image_size"]))
+    encoder = VisionTransformer(get_arch(meta["arch"]), int(meta["image_size"]), parts_of(tensors))
     augment = Augment(mean=json.loads(meta["mean"]), std=json.loads(meta["std"]))
     model = Classifier(Finetune.model_validate_json(meta["science"]), encoder, augment, len(classes))
     model.load_state_dict({k if k.startswith(("head.", "fc_norm.")) else f"encoder.{k}": v for k, v in tensors.items()})

@@ -26,7 +26,7 @@ from ..siamese import BatchNorm
 from ..strict import Strict
 from ..train.optim import Lars
 from ..views import normalise, one_view
-from ..vit import VisionTransformer, pool_tokens
+from ..vit import VisionTransformer
 from .features import Subject, read_safetensors
 from .job import LabelledJob
 
@@ -110,7 +110,7 @@ class Probe(Method):
     def logits(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> (heads, B, classes)."""
         with torch.no_grad():
-            parts = [pool_tokens(self.encoder(x), self.pool) for x in images.split(self.chunk or len(images))]
+            parts = [self.encoder.feature(self.encoder(x), self.pool) for x in images.split(self.chunk or len(images))]
         feature = self.norm(torch.cat(parts).float())
         return torch.stack([head(feature) for head in self.heads])
 
@@ -166,7 +166,7 @@ class ProbeJob(LabelledJob):
 
     def flops_per_image(self) -> float:
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            encoder = VisionTransformer(self.subject.encoder.arch, self.image_size)
+            encoder = VisionTransformer(self.subject.encoder.arch, self.image_size, self.subject.encoder.parts)
             encoder(torch.zeros(1, 3, *encoder.image))
         return float(counter.get_total_flops())  # forward alone; the heads are nothing beside it
 

@@ -1,12 +1,13 @@
-"""Encoders that others published: `timm:NAME`, and weights files as timm, MAE, MoCo v3 and DINO write them."""
+"""Encoders that others published: `timm:NAME`, and weights files as their authors write them (see translate.py)."""
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,19 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 from ..views import IMAGENET_MEAN, IMAGENET_STD
-from ..vit import ARCHS, VisionTransformer, sincos_positions
+from ..vit import ARCHS, VisionTransformer, parts_of, sincos_positions
+from .translate import family, lay_out_positions, translate
 
-MARKER = "patch_embed.proj.weight"  # every ViT here has one
+MARKER = "patch_embed.proj.weight"  # every ViT here has one, or transformers' name of it
+MARKERS = (MARKER, "embeddings.patch_embeddings.projection.weight")
 # In the dotted name of where a file keeps weights, such as `model.teacher.backbone.`
-AVERAGE = re.compile(r"(?:^|[._])(?:ema|teacher)(?:[._]|$)")
+AVERAGE = re.compile(r"(?:^|[._])(?:ema|teacher|target)(?:[._]|$)")
 LEARNER = re.compile(r"(?:^|[._])(?:student|momentum|encoder_k)(?:[._]|$)")
-OURS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 SETTINGS = ("args", "config", "cfg", "hyper_parameters", "model_args", "model_kwargs", "opt", "pretrained_cfg")
 SIZES = ("img_size", "image_size", "input_size", "grid_size")
 HEADS = ("num_heads", "num_attention_heads")
-# Parts that a plain ViT lacks: without them the features would be others.
-FOREIGN = ("norm_pre.", "fc_norm.", "reg_token", "register_tokens", "dist_token", "rel_pos", "pos_drop.")
+CAE = "pretext_neck."  # only its files have one; its ViT-S has 12 heads
+LM_HEAD = "lm_head.weight"  # of pre-training by BEiT's code: BEiT, BEiT v2, data2vec, ConMIM
 
 
 def read_file(path: Path) -> Any:
@@ -36,8 +38,8 @@ def read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        # MAE's and DINO's checkpoints keep their command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # MAE's and DINO's checkpoints keep their command line beside the weights; SimMIM's a dict of yacs, read as one.
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(
@@ -63,7 +65,7 @@ def places(tree: Any, where: str = "") -> dict[str, dict[str, Tensor]]:
     if not isinstance(tree, dict):
         return found
     tensors = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    for prefix in (k.removesuffix(MARKER) for k in tensors if k.endswith(MARKER)):
+    for prefix in (k.removesuffix(m) for m in MARKERS for k in tensors if k.endswith(m)):
         found[where + prefix] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     for key, inner in tree.items():
         if isinstance(key, str):
@@ -71,13 +73,24 @@ def places(tree: Any, where: str = "") -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def preferred(names: Iterable[str]) -> str:
-    """Of several places the one that is evaluated: an average (timm's EMA, a teacher) before what it averages.
+def names_in(tree: Any, where: str = "") -> list[str]:
+    """The dotted name of everything in a file."""
+    if not isinstance(tree, dict):
+        return []
+    here = {f"{where}{key}": inner for key, inner in tree.items() if isinstance(key, str)}
+    return [*here, *(name for at, inner in here.items() for name in names_in(inner, f"{at}."))]
+
+
+def preferred(names: Iterable[str], average: bool = True) -> str:
+    """Of several places the one that is evaluated: an average (timm's EMA, a teacher) before what it averages, or not.
 
     Of a student and its teacher the teacher; of MoCo's two the base encoder, as its own code does; else what is nested
     least.
     """
-    return min(names, key=lambda p: (bool(LEARNER.search(p)), not AVERAGE.search(p), p.count("."), len(p)))
+    return min(
+        names,
+        key=lambda p: (bool(LEARNER.search(p)), bool(AVERAGE.search(p)) != average, p.count("."), len(p)),
+    )
 
 
 def read_timm(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -100,42 +113,33 @@ def read_timm(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def to_encoder(tree: Any, where: str) -> tuple[VisionTransformer, str]:
     """The Vision Transformer of a file as one of our encoders at the size of its positions, and its arch's name.
 
-    A warning says what was taken where the file has several, or does not show what its grid of positions is.
+    A warning says what was taken where the file has several, what its layers became, or that it does not show what its
+    grid of positions is. UserError: it is no ViT, or has parts that are not known.
     """
     if not isinstance(tree, dict):
         raise UserError(f"{where} holds a {type(tree).__name__}, expected a state dict")
+    names = names_in(tree)
+    if what := family(names):
+        raise UserError(f"{where}: this is {what}; only Vision Transformers of one width and grid are evaluated")
     found = places(tree)
     if not found:
         has = ", ".join(map(str, tree))[:200]
         raise UserError(f"{where}: no weights in it of a Vision Transformer known here, no '{MARKER}'; found {has}")
-    place = preferred(found)
+    cae = any(CAE in name for name in names)
+    # CAE and who pre-trains by BEiT's code evaluate what learned, and keep its average beside.
+    place = preferred(found, average=not (cae or any(name.endswith(LM_HEAD) for name in names)))
     if len(found) > 1 or LEARNER.search(place):
         others = ", ".join(p.rstrip(".") or "the top" for p in found if p != place) or "a teacher's: it has none"
         warnings.warn(f"{where}: the weights of {place.rstrip('.') or 'the top'} are taken, not {others}", stacklevel=2)
-    if odd := [k for k in found[place] if k.startswith(FOREIGN)]:
-        raise UserError(f"{where} is not a plain ViT: it has {', '.join(odd[:3])}")
-    mine = {k: v.float() for k, v in found[place].items() if k.startswith(OURS)}
-    projection, table = mine[MARKER], mine.get("pos_embed", torch.empty(0, 0, 0))
-    dim, patch = projection.shape[0], projection.shape[-1]
-    if projection.shape != (dim, 3, patch, patch):
-        raise UserError(
-            f"{where}: {MARKER} is {shape(projection)}; expected {dim} x 3 x P x P, square patches of three channels"
-        )
-    depth = 1 + max((int(m[1]) for k in mine if (m := re.match(r"blocks\.(\d+)\.", k))), default=-1)
-    names = [n for n, a in ARCHS.items() if (a.patch, a.dim, a.depth) == (patch, dim, depth)]
-    if not names:
-        raise UserError(
-            f"{where}: patch {patch}, width {dim}, depth {depth} is none of the archs; `sslbench list archs` shows them"
-        )
-    # Heads do not show in a file. Where two archs differ in nothing else, MoCo v3's files have the one with 12.
-    name = names[-1 if "base_encoder" in place or "momentum_encoder" in place else 0]
-    heads = stated(tree, HEADS)
-    if isinstance(heads, int) and heads != ARCHS[name].heads:
-        known = {ARCHS[n].heads: n for n in names}
-        if heads not in known:
-            raise UserError(f"{where} says that it has {heads} heads; {name} has {ARCHS[name].heads}")
-        name = known[heads]
-    encoder = VisionTransformer(ARCHS[name], _side(table, dim, patch, stated(tree, SIZES), where) * patch)
+    translated = translate(found[place], where)
+    for note in translated.notes:
+        warnings.warn(f"{where}: {note}", stacklevel=2)
+    mine = translated.tensors
+    heads = translated.heads or stated(tree, HEADS)
+    name = _arch(mine, heads, cae or "base_encoder" in place or "momentum_encoder" in place, where)
+    side = lay_out_positions(mine, where)
+    _check_grid(mine["pos_embed"], stated(tree, SIZES), where)
+    encoder = VisionTransformer(ARCHS[name], side * ARCHS[name].patch, parts_of(mine))
     wanted = encoder.state_dict()
     missing, extra = sorted(wanted.keys() - mine.keys()), sorted(mine.keys() - wanted.keys())
     if missing or extra:
@@ -146,6 +150,30 @@ def to_encoder(tree: Any, where: str) -> tuple[VisionTransformer, str]:
         raise UserError(f"{where} is not a {name}: {wrong} is {shape(mine[wrong])}, expected {shape(wanted[wrong])}")
     encoder.load_state_dict(mine)
     return encoder, name
+
+
+def _arch(tensors: dict[str, Tensor], heads: Any, many_heads: bool, where: str) -> str:
+    """The arch of that patch, width and depth. heads: as the file tells or shows them, or None: they hardly ever show.
+    many_heads: of two archs that differ in nothing else, whose file it is has the one with more, 12."""
+    projection = tensors[MARKER]
+    dim, patch = projection.shape[0], projection.shape[-1]
+    if projection.shape != (dim, 3, patch, patch):
+        raise UserError(
+            f"{where}: {MARKER} is {shape(projection)}; expected {dim} x 3 x P x P, square patches of three channels"
+        )
+    depth = 1 + max((int(m[1]) for k in tensors if (m := re.match(r"blocks\.(\d+)\.", k))), default=-1)
+    names = [n for n, a in ARCHS.items() if (a.patch, a.dim, a.depth) == (patch, dim, depth)]
+    if not names:
+        raise UserError(
+            f"{where}: patch {patch}, width {dim}, depth {depth} is none of the archs; `sslbench list archs` shows them"
+        )
+    name = names[-1 if many_heads else 0]
+    if isinstance(heads, int) and heads != ARCHS[name].heads:
+        known = {ARCHS[n].heads: n for n in names}
+        if heads not in known:
+            raise UserError(f"{where} says that it has {heads} heads; {name} has {ARCHS[name].heads}")
+        name = known[heads]
+    return name
 
 
 def shape(x: Tensor) -> str:
@@ -163,28 +191,57 @@ def stated(tree: Any, names: tuple[str, ...]) -> Any:
     return next((said for key in SETTINGS if (said := stated(tree.get(key), names)) is not None), None)
 
 
-def _side(table: Tensor, dim: int, patch: int, said: Any, where: str) -> int:
-    """Positions a side of the square grid that (1, 1 + side x side, dim) is; UserError: it is none."""
-    side = math.isqrt(max(0, table.shape[1] - 1))
-    if table.shape != (1, 1 + side * side, dim) or not side:
-        raise UserError(
-            f"{where}: expected positions 1 x (1 + side x side) x {dim}, a square grid, found {shape(table)}"
-        )
+def _check_grid(table: Tensor, said: Any, where: str) -> None:
+    """UserError where what looks like a square grid, positions (1, 1 + side x side, D), is told or seen to be none."""
+    n, dim = table.shape[1] - 1, table.shape[2]
     if isinstance(said, list | tuple) and len({*said[-2:]}) > 1:
         raise UserError(
             f"{where} says that its images are {' x '.join(map(str, said))}; its positions must be a square grid here"
         )
-    n = side * side
     grids = [(h, n // h) for h in range(1, n + 1) if n % h == 0]
-    layouts = table, table.roll(dim // 2, -1)  # MAE's and MoCo v3's
-    of_formula = [g for g in grids if any(torch.allclose(x, sincos_positions(dim, g), atol=1e-3) for x in layouts)]
-    if of_formula and (side, side) not in of_formula:
+    layouts = [t[:, 1:] for t in (table, table.roll(dim // 2, -1))]  # MAE's and MoCo v3's
+    of_formula = [
+        g for g in grids if any(torch.allclose(x, sincos_positions(dim, g)[:, 1:], atol=1e-3) for x in layouts)
+    ]
+    square = any(h == w for h, w in of_formula)
+    if of_formula and not square:
         h, w = of_formula[0]
         raise UserError(f"{where}: its positions are a grid of {h} x {w}; only square ones are evaluated")
-    if not of_formula and said is None and len(grids) > 1:
+    if not of_formula and said is None and len(grids) > 1 and table.any():
+        side = round(n**0.5)
         warnings.warn(f"{where}: its {n} positions are learned ones, taken for a grid of {side} x {side}", stacklevel=3)
-    return side
 
 
-def statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of a channel, of values in 0..1
+HALF: Statistics = ((0.5,) * 3, (0.5,) * 3)
+
+
+def statistics(config: dict[str, Any]) -> Statistics:
+    """Of a model of timm's."""
     return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
+
+
+def statistics_of_file(tree: Any, path: Path, method: str | None) -> Statistics:
+    """By which a file's model takes its images: ImageNet's, but where it is told that they are others.
+
+    transformers keeps them in preprocessor_config.json beside the weights. BEiT's code takes 0.5 unless its command
+    line says imagenet_default_mean_and_std, and keeps that in its checkpoints; of those without, BEiT itself has 0.5,
+    who builds on its code ImageNet's. A warning says where this is a guess.
+    """
+    names = names_in(tree)
+    if any(name.endswith(MARKERS[1]) for name in names):
+        beside = path.parent / "preprocessor_config.json"
+        try:
+            config = json.loads(beside.read_text())
+            return tuple(config["image_mean"]), tuple(config["image_std"])
+        except (OSError, ValueError, KeyError, TypeError):
+            warnings.warn(f"{path}: no {beside.name} beside it says by which mean and deviation it takes its images; "
+                          "ImageNet's are taken", stacklevel=2)  # fmt: skip
+    elif any(name.endswith("attn.q_bias") for name in names):
+        imagenets = stated(tree, ("imagenet_default_mean_and_std",))
+        if imagenets is None and method is None:
+            warnings.warn(f"{path}: it does not say by which mean and deviation it takes its images; ImageNet's are "
+                          "taken, --as BEiT takes 0.5", stacklevel=2)  # fmt: skip
+        if imagenets is False or (imagenets is None and (method or "").casefold() == "beit"):
+            return HALF
+    return IMAGENET_MEAN, IMAGENET_STD

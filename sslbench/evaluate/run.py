@@ -31,6 +31,7 @@ from .finetune import Finetune, FinetuneJob, load_classifier, predict
 from .job import LabelledJob, protocol_hash
 from .linprobe import linear_right
 from .probe import AugmentedProbe, ProbeJob, Rate
+from .told import NOTHING, PUBLIC, Told
 
 
 class Knn(Strict):
@@ -91,13 +92,26 @@ def protocol_of(recipe: EvalRecipe, pool: str, side: int, *sets: ImageSet) -> di
 
 
 def evaluate_named(
-    recipe: EvalRecipe, run: str | None, data: str | None, seed: int | None, seeds: int, console: Console
+    recipe: EvalRecipe,
+    run: str | None,
+    data: str | None,
+    seed: int | None,
+    seeds: int,
+    console: Console,
+    told: Told = NOTHING,
 ) -> dict[str, Any]:
-    """`sslbench eval`: the newest run where none is named, the run's own data where none is given."""
+    """`sslbench eval`: the newest run where none is named, the run's own data where none is given.
+
+    told: what RUN is, where it is public weights.
+    """
     protocol = recipe.science.protocol
     if not isinstance(recipe.science, Finetune | AugmentedProbe):
         leave_to_first()
     if isinstance(recipe.science, Robustness):
+        if told:
+            raise UserError(
+                "a fine-tuned model knows what it was made of; leave out --as, --pretrained-on and --epochs"
+            )
         run = str(_tuned_run(recipe.science, run))
         console.print(f"the fine-tuned model: {run}")
     elif run is None:
@@ -109,7 +123,7 @@ def evaluate_named(
         raise UserError(f"--seeds {seeds} is for one process; on several devices give one --seed after the other")
     first, main = seed or 0, []
     for s in range(first, first + seeds):
-        records = evaluate(recipe, run, data, s if seeds > 1 else seed, console=console)
+        records = evaluate(recipe, run, data, s if seeds > 1 else seed, console=console, told=told)
         main.append(records[0])
         for r in records:
             what = f"{r.dataset}, n={r.n}, {r.protocol.name}" + (f", seed {r.seed}" if seeds > 1 else "")
@@ -131,26 +145,31 @@ def evaluate(
     image_size: int | None = None,
     console: Console | None = None,
     tuning: dict[str, Any] | None = None,
+    told: Told = NOTHING,
 ) -> list[Record]:
     """Run the protocol and append its numbers; the main one comes first. seed None: the run's own, or 0.
 
-    tuning: what it took to choose the settings of the run, for the numbers' cost.
+    tuning: what it took to choose the settings of the run, for the numbers' cost. told: what public weights are.
     """
-    if isinstance(recipe.science, Finetune | AugmentedProbe):
-        return [_train_and_score(recipe, run, data, seed, console or Console(quiet=True), tuning)]
+    console = console or Console(quiet=True)
     if isinstance(recipe.science, Robustness):
         return [_robustness(recipe, recipe.science, run, data)]
     if isinstance(recipe.science, HeldOutKnn):
         return [_held_out(recipe, recipe.science, run, data, seed)]
     device = default_device()
     spent = Spent(device.type)
-    subject = open_subject(run, seed or 0, image_size)
+    s = recipe.science
+    trains = isinstance(s, Finetune | AugmentedProbe)
+    subject = open_subject(run, seed or 0, None if trains else image_size, told)
+    if note := subject.note():
+        console.print(note, markup=False)
+    if isinstance(s, Finetune | AugmentedProbe):
+        return [_train_and_score(recipe, subject, data, seed, console, tuning)]
     data, train, val = _splits(subject, data)
-    pool = recipe.science.pool or subject.pool
+    pool = subject.pool_of(s.pool)
     features = {d.split: extract(subject, d, device, recipe.machine.workers)[pool] for d in (train, val)}
     assert train.labels is not None and val.labels is not None
     arrays = features["train"], train.labels, features["val"], val.labels
-    s = recipe.science
     own = subject.run.get("seed", seed or 0)
     if isinstance(s, Knn):
         seed = own
@@ -200,7 +219,7 @@ def _held_out(recipe: EvalRecipe, s: HeldOutKnn, run: str, data: str | None, see
     train = open_split(spec, "train")
     if train.labels is None:
         raise UserError(f"data '{spec}' has no labels; to select by k-NN needs them")
-    pool, side = s.pool or subject.pool, subject.encoder.image[0]
+    pool, side = subject.pool_of(s.pool), subject.encoder.image[0]
     x, y = extract(subject, train, device, recipe.machine.workers)[pool], train.labels
     rest, tenth = held_out(len(train))
     right = knn_right(x[rest], y[rest], x[tenth], y[tenth], [s.main_k], s.temperature, device=device)[s.main_k]
@@ -226,6 +245,8 @@ def _held_out(recipe: EvalRecipe, s: HeldOutKnn, run: str, data: str | None, see
 def _splits(subject: Subject, data: str | None) -> tuple[str, ImageSet, ImageSet]:
     """The SPEC that is meant, its train and its val."""
     spec = data or subject.data
+    if spec is None and subject.public is not None:
+        raise UserError(f"'{subject.name}' is {PUBLIC}: give the data to evaluate them on, --data SPEC")
     if spec is None:
         raise UserError(f"'{subject.name}' does not say what data it was trained on; give --data SPEC")
     return spec, *open_both(spec)
@@ -233,26 +254,27 @@ def _splits(subject: Subject, data: str | None) -> tuple[str, ImageSet, ImageSet
 
 def _train_and_score(
     recipe: EvalRecipe,
-    run: str,
+    subject: Subject,
     data: str | None,
     seed: int | None,
     console: Console,
     tuning: dict[str, Any] | None,
 ) -> Record:
-    """Train on RUN in a run folder of its own, then score val once. A finished one gives the number it has."""
+    """Train on it in a run folder of its own, then score val once. A finished one gives the number it has."""
     s = recipe.science
-    subject = open_subject(run, seed or 0)
     spec, train, val = _splits(subject, data)
     seed = subject.run.get("seed", 0) if seed is None else seed
     kind = FinetuneJob if isinstance(s, Finetune) else ProbeJob
-    job: LabelledJob = kind(recipe, subject, spec, train, s.pool or subject.pool, seed, val)  # type: ignore[union-attr]
+    pool = subject.pool_of(s.pool)  # type: ignore[union-attr]
+    job: LabelledJob = kind(recipe, subject, spec, train, pool, seed, val)
     folder = home() / "runs" / job.folder_name
     fit(job, folder, console)
     if not leave_the_others():
         raise SystemExit(0)
     info = read_run(folder)
     images = contents(val)
-    if same_images(info.get("record"), val) and info.get("val_contents", images) == images:
+    known = same_images(info.get("record"), val) and info.get("val_contents", images) == images
+    if known and same_subject(info["record"], subject):
         console.print(f"{folder} is finished: the number below is the one it has in the ledger")
         return in_ledger(info["record"], folder)
     device, weights = default_device(), folder / "weights.safetensors"
@@ -284,6 +306,17 @@ def _train_and_score(
 def same_images(record: dict[str, Any] | None, val: Measured) -> bool:
     """Whether the record that a run folder has is of these images."""
     return record is not None and record.get("data_fingerprint") == val.fingerprint
+
+
+def same_subject(record: dict[str, Any], subject: Subject) -> bool:
+    """Whether that record says of public weights what they are now said to be; of a run of ours, that it is its own."""
+    facts = subject.facts()
+    said = record["method"], record["pretrain"]["data"], record["pretrain"]["epochs"]
+    return subject.public is None or said == (
+        facts["method"],
+        facts["pretrain"]["data"],
+        facts["pretrain"]["epochs"],
+    )
 
 
 def in_ledger(record: dict[str, Any], folder: Path) -> Record:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from ..errors import UserError, nearest
+from ..evaluate.told import PUBLIC
 from ..ledger import Record
 from ..stats import normal_difference, paired_difference
 from .tables import MAIN_METRICS, by_run_seed, cell_of, training_images
@@ -75,14 +76,14 @@ def _select(name: str, records: list[Record]) -> dict[Key, list[Record]]:
         run = _without_seed(r.pretrain.run or "")
         if "milestone" in r.condition:
             continue
-        if wanted not in (r.method, r.pretrain.recipe_hash, run) or r.metric not in (*MAIN_METRICS, "top1"):
+        if wanted not in (named(r), r.pretrain.recipe_hash, run) or r.metric not in (*MAIN_METRICS, "top1"):
             continue
         if of_run and images[r.id] not in of_run:  # a set in another folder of the same name
             continue
         recipes[r.arch, r.pretrain.recipe_hash or "", images[r.id]] = r.pretrain.run or r.method
         found[r.dataset, r.data_fingerprint, r.protocol.name, r.protocol.hash, r.metric].append(r)
     if not found:
-        known = sorted({r.method for r in records} | {r.pretrain.run for r in records if r.pretrain.run})
+        known = sorted({named(r) for r in records} | {r.pretrain.run for r in records if r.pretrain.run})
         raise UserError(
             f"the ledger has no number of '{name}'{nearest(name, known)}; name a run, a method or a recipe hash"
         )
@@ -91,6 +92,11 @@ def _select(name: str, records: list[Record]) -> dict[Key, list[Record]]:
         names = names if len(set(names)) == len(names) else [*recipes.values()]
         raise UserError(f"'{name}' is {len(recipes)} recipes in the ledger; name one by its run: {', '.join(names)}")
     return found
+
+
+def named(r: Record) -> str:
+    """`mae`, or `mae (public weights)`: weights of others are no seed of a run of ours."""
+    return f"{r.method} ({PUBLIC})" if r.public else r.method
 
 
 def _without_seed(run: str) -> str:

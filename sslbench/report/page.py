@@ -14,6 +14,7 @@ from rich.console import Console
 
 from .. import ledger
 from ..errors import UserError, nearest
+from ..evaluate.told import PUBLIC
 from ..files import write_atomically
 from ..ledger import Cost, Record
 from ..paths import home
@@ -355,7 +356,7 @@ def _provenance(r: Record) -> str:
     facts = {
         "number": f"{r.metric} {r.value:.2f} %, {error}, n = {r.n}, {r.dataset}",
         "protocol": f"{r.protocol.name} {r.protocol.hash}",
-        "recipe": f"{p.recipe_hash or 'none'}, preset {r.preset or 'none'}, seed {r.run_seed}",
+        "recipe": PUBLIC if r.public else f"{p.recipe_hash or 'none'}, preset {r.preset or 'none'}, seed {r.run_seed}",
         "run": p.run or "none",
         "data": f"pre-trained on {trained_on}; test fingerprint {r.data_fingerprint}",
         "weights": r.weights_sha256 + (f"; trained on top {r.head_sha256}" if r.head_sha256 else ""),

@@ -1,7 +1,7 @@
 """The papers' figures: what they print, what was measured, and, where nothing was, the command that measures it.
 
 Beside the ledger and the papers' tables, these read the run folders that the ledger names, where they are still there:
-metrics.jsonl for curves, inspect/ for what `sslbench inspect` found.
+metrics.jsonl for curves, inspect/ for what `sslbench inspect` found; of public weights, results/inspect/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from ..paths import home
+from ..paths import home, inspected
 from ..study.printed import read_paper
 from ..study.tables import paper_rows
 from ..train.meter import read_metrics
@@ -112,7 +112,7 @@ def _asl_1(all_tables: list[Table]) -> PaperFigure:
     found: dict[str, list[Point]] = defaultdict(list)
     for table in all_tables:
         for i, row in enumerate(table.trained):
-            seen = [x for f in _folders(row) if (x := _token_similarity(f / "inspect/inspect.json")) is not None]
+            seen = [x for f in _inspected(row) if (x := _token_similarity(f / "inspect.json")) is not None]
             if seen and (cell := row.cells.get(_linear(table))):
                 alike = sum(seen) / len(seen)
                 found[f"{table.title}, {_linear(table)}"].append((alike, cell.value, label_of(row), colour_of(i)))
@@ -140,7 +140,7 @@ def _asl_1(all_tables: list[Table]) -> PaperFigure:
         "The paper draws how similar each model's tokens are and prints no number of it. The linear accuracies are "
         "those of ccMIM's Table 1, the longest training of each method.",
         figure,
-        [] if found else ["sslbench inspect runs/RUN"],
+        [] if found else ["sslbench inspect runs/RUN", "sslbench inspect timm:vit_base_patch16_224.mae"],
     )
 
 
@@ -235,8 +235,8 @@ def _ccmim_3(all_tables: list[Table]) -> PaperFigure:
 def _macrl_3(all_tables: list[Table]) -> PaperFigure:
     pictures: dict[str, bytes] = {}
     for row in (row for table in all_tables for row in table.trained if row.method in ("macrl", "mae", "mocov3")):
-        for folder in _folders(row):
-            if (path := folder / "inspect" / "inspect.png").is_file():
+        for folder in _inspected(row):
+            if (path := folder / "inspect.png").is_file():
                 pictures.setdefault(row.method, path.read_bytes())
     below = f" Top to bottom: {', '.join(sorted(pictures))}." if pictures else ""
     return PaperFigure(
@@ -290,6 +290,12 @@ def _folders(row: Row) -> list[Path]:
     """Run folders behind a row, seed by seed, that are here."""
     names = sorted({r.pretrain.run for cell in row.cells.values() for r in cell.records if r.pretrain.run})
     return [path for name in names if (path := home() / "runs" / name).is_dir()]
+
+
+def _inspected(row: Row) -> list[Path]:
+    """What `sslbench inspect` may have written of a row: of its runs, or of the public weights that it is."""
+    of_public = {r.weights_sha256: None for cell in row.cells.values() for r in cell.records if r.public}
+    return [*(folder / "inspect" for folder in _folders(row)), *(inspected(weights) for weights in of_public)]
 
 
 def _lines(row: Row, what: str) -> Lines:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..evaluate.told import PUBLIC
 from ..ledger import Record
 from ..method import methods
 from ..study.printed import paper_tables, read_paper
@@ -121,16 +122,17 @@ def _printed(line: Any, remarks: list[str]) -> str:
 def measured_for(line: Any, records: list[Record]) -> tuple[str, str] | None:
     """What the ledger has for a printed number: `73.9 ± 0.2 (-0.3, 800 ep)`, and the id of a record behind it.
 
-    Only runs of the very recipe that `report --missing` prints, of all seeds. In brackets the difference to what is
-    printed, then the method and the epochs where they are not as printed.
+    Only runs of the very recipe that `report --missing` prints, of all seeds, or else public weights, which are marked
+    so. In brackets the difference to what is printed, then the method and the epochs where they are not as printed.
     """
     if not (found := behind(line, records)):
         return None
     r, cell = found[0], cell_of(found)
     epochs = f"{r.pretrain.epochs or 0:g}"
     words = [] if (printed := _number(line["value"])) is None else [f"{cell.value - printed:+.1f}"]
-    words += [r.method] if r.method != line["method"] else []
+    words += [r.method] if r.method.casefold() != line["method"].casefold() else []
     words += [f"{epochs} ep"] if epochs != line["epochs"] else []
+    words += [PUBLIC] if r.public else []
     return f"{cell} ({', '.join(words)})" if words else str(cell), cell.records[0].id
 
 

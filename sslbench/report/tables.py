@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from ..evaluate.told import PUBLIC
 from ..ledger import Record
 from ..stats import mean_interval
 
@@ -197,7 +198,7 @@ def row_key(r: Record) -> RowKey:
     """Sorts the untrained ViT first. Weights that no recipe stands behind are a row of their own."""
     trained = r.method != UNTRAINED
     recipe = r.pretrain.recipe_hash or (r.weights_sha256 if trained else "")
-    return trained, r.method, r.pretrain.epochs or 0.0, r.preset or "", recipe
+    return trained, r.method, r.pretrain.epochs or 0.0, PUBLIC if r.public else r.preset or "", recipe
 
 
 def _row_label(key: Trained, keys: Iterable[Trained]) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 
 from ..errors import UserError, nearest
 from ..ledger import Record
-from ..method import get_method
+from ..method import get_method, methods
 from ..paths import recipe_files
 from ..recipe import Recipe, compose, drop_none
+from ..vit import ARCHS
 from .cells import rows_of
+from .printed import Evaluation as PrintedEvaluation
 from .printed import epochs_contradicted, evaluation_of, paper_tables, plugin_of, read_paper
 from .spec import Evaluation, Level, Study, StudyRow, check, read_study, studies
 
@@ -92,7 +94,7 @@ def pretraining_of(line: Any) -> Pretraining | None:
     if rows := paper_rows(table):
         recipe = rows.get(line["row"])
         return Pretraining(f"sslbench ablate {table} --scale paper", recipe, True) if recipe else None
-    if {part.partition("=")[0] for part in line["condition"].split(";") if part} - DESCRIBES:
+    if _keys(line["condition"]) - DESCRIBES:
         return None
     epochs = "" if epochs_contradicted(line) else line["epochs"]
     return _composed(table, plugin_of(line), line["arch"], line["pretrain_data"].replace("_", "-"), epochs)
@@ -113,12 +115,40 @@ def _composed(table: str, method: str, arch: str, data: str, epochs: str) -> Pre
 
 
 def behind(line: Any, records: list[Record]) -> list[Record]:
-    """The records of a printed number: of the very recipe, whatever the seed, under its protocol, on its data."""
-    run, evaluation = pretraining_of(line), evaluation_of(line)
-    if not run or not evaluation:
+    """The records of a printed number: of the very recipe, whatever the seed, under its protocol, on its data.
+
+    Where no run of that recipe was measured, of public weights that are what the row says.
+    """
+    evaluation = evaluation_of(line)
+    if evaluation is None:
         return []
-    pool, side = get_method(run.recipe.method).pool, run.recipe.science.data.image_size or 0
-    protocols = evaluation.protocol_hashes(pool, side)
-    wanted = (run.hash, line["metric"], line["dataset"].replace("_", "-"))
-    its = [r for r in records if (r.pretrain.recipe_hash, r.metric, r.dataset.replace("_", "-")) == wanted]
-    return [r for r in its if r.protocol.hash in protocols]
+    wanted = (line["metric"], line["dataset"].replace("_", "-"))
+    its = [r for r in records if (r.metric, r.dataset.replace("_", "-")) == wanted]
+    if run := pretraining_of(line):
+        pool, side = get_method(run.recipe.method).pool, run.recipe.science.data.image_size or 0
+        protocols = evaluation.protocol_hashes(pool, side)
+        own = [r for r in its if r.pretrain.recipe_hash == run.hash and r.protocol.hash in protocols]
+        if own:
+            return own
+    return _public(line, evaluation, its)
+
+
+def _public(line: Any, evaluation: PrintedEvaluation, records: list[Record]) -> list[Record]:
+    """Of public weights, one file's, whose method, arch, data and epochs are those printed, under its protocol."""
+    if paper_rows(f"{line['paper']}_{line['table']}") or _keys(line["condition"]) - DESCRIBES or not line["epochs"]:
+        return []  # a row whose settings no such weights are known to have
+    printed = (line["method"].casefold(), line["arch"], line["pretrain_data"].replace("_", "-"), line["epochs"])
+    own = get_method(plugin_of(line)).pool if plugin_of(line) in methods() else None
+    side = ARCHS[line["arch"]].image if line["arch"] in ARCHS else 0
+    found = []
+    for r in (r for r in records if r.public):
+        row = (r.method.casefold(), r.arch, (r.pretrain.data or "").replace("_", "-"), f"{r.pretrain.epochs or 0:g}")
+        pool = own or str(r.condition.get("pool", "cls"))  # of a method that this suite has not, its own feature
+        if row == printed and r.protocol.hash in evaluation.protocol_hashes(pool, side):
+            found.append(r)
+    last = max(found, key=lambda r: (r.created, r.id), default=None)
+    return [r for r in found if last and r.weights_sha256 == last.weights_sha256]
+
+
+def _keys(condition: str) -> set[str]:
+    return {part.partition("=")[0] for part in condition.split(";") if part}

@@ -46,12 +46,12 @@ def layer_groups(
             continue
         inside = name.startswith(prefix)
         part, _, rest = name.removeprefix(prefix).partition(".")
-        if inside and part in ("cls_token", "pos_embed", "patch_embed"):
+        if inside and part in ("cls_token", "pos_embed", "patch_embed", "registers"):
             layer = 0
         else:
             layer = int(rest.split(".")[0]) + 1 if inside and part == "blocks" else depth + 1
         long = p.ndim > 1 or (decay_biases and name.endswith(".bias") and id(p) not in norms)
-        decays = long and p not in plain and not (inside and part in ("cls_token", "pos_embed"))
+        decays = long and p not in plain and not (inside and part in ("cls_token", "pos_embed", "registers"))
         new = {
             "params": [],
             "weight_decay": weight_decay if decays else 0.0,

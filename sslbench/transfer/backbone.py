@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from ..vit import VisionTransformer, resample_positions, sincos_positions, split_heads
-from .protocol import Encoder
+from ..vit import RelativeTable, VisionTransformer, rebuilt_positions, resample_positions, split_heads
+from .protocol import Encoder, check_encoder
 
 Grid = tuple[int, int]
 
@@ -50,7 +50,8 @@ class Backbone(nn.Module):
     def __init__(self, encoder: VisionTransformer, config: Encoder, grid: Grid, checkpointing: bool = False) -> None:
         super().__init__()
         arch = encoder.arch
-        start = VisionTransformer(arch, encoder.image)
+        check_encoder(encoder, config)
+        start = VisionTransformer(arch, encoder.image, encoder.parts)
         start.load_state_dict(encoder.state_dict())
         start.requires_grad_(True)
         self.config, self.patch, self.checkpointing = config, arch.patch, checkpointing
@@ -59,7 +60,7 @@ class Backbone(nn.Module):
         self.grid = config.position_grid or encoder.grid
         table = start.pos_embed.detach()
         if config.rebuild_positions:
-            table = sincos_positions(arch.dim, self.grid)
+            table = rebuilt_positions(table, encoder.grid, self.grid)
         else:
             table = resample_positions(table, encoder.grid, self.grid)
         self.pos_embed = nn.Parameter(table, requires_grad=config.train_positions)
@@ -80,14 +81,11 @@ class Backbone(nn.Module):
         self.shared = nn.ModuleDict()
         if kind == "shared":
             names = {w: "windowed" if w else "global" for w in self.windows}
-            self.shared.update({name: OffsetTable((w, w) if w else grid, heads) for w, name in names.items()})
+            self.shared.update({name: RelativeTable((w, w) if w else grid, heads) for w, name in names.items()})
         elif kind:
             for block, shape in zip(blocks, shapes, strict=True):
-                block.relative = (
-                    Decomposed(shape, head_dim)
-                    if kind == "decomposed"
-                    else OffsetTable(shape, heads, self.config.keep_cls)
-                )
+                table = RelativeTable(shape, heads, self.config.keep_cls) if kind == "table" else None
+                block.relative = table or Decomposed(shape, head_dim)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """H and W are multiples of the patch: the data preprocessor pads to them."""
@@ -153,30 +151,6 @@ def from_windows(x: Tensor, tiled: Grid, grid: Grid, window: int) -> Tensor:
     x = x.reshape(-1, *tiled, window, window, x.shape[-1]).transpose(2, 3)
     x = x.reshape(x.shape[0], tiled[0] * window, tiled[1] * window, -1)
     return x[:, : grid[0], : grid[1]].flatten(1, 2)
-
-
-class OffsetTable(nn.Module):
-    """A learned bias for each head and each offset between two tokens of a grid, and, with `cls`, three for CLS."""
-
-    def __init__(self, grid: Grid, heads: int, cls: bool = False) -> None:
-        super().__init__()
-        self.grid = grid
-        self.table = nn.Parameter(torch.zeros(heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
-        # CLS as query, CLS as key, CLS with itself.
-        self.cls = nn.Parameter(torch.zeros(3, heads)) if cls else None
-
-    def forward(self) -> Tensor:
-        """(1, heads, T, T), query by key."""
-        rows, columns = self.grid
-        # [h, a, b, i, j] = table[h, a + i, b + j]; key (c, d) is i = rows - 1 - c, j = columns - 1 - d: offset a - c.
-        bias = self.table.unfold(1, rows, 1).unfold(2, columns, 1).flip(-1, -2)
-        bias = bias.reshape(1, -1, rows * columns, rows * columns)
-        if self.cls is None:
-            return bias
-        query, key, both = (c.view(1, -1, 1, 1) for c in self.cls)
-        n = rows * columns
-        top = torch.cat([both, query.expand(-1, -1, 1, n)], dim=3)
-        return torch.cat([top, torch.cat([key.expand(-1, -1, n, 1), bias], dim=3)], dim=2)
 
 
 class Decomposed(nn.Module):

@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..files import digest
 from ..recipe import Machine, find_recipe, merge, parse_sets, read_tree
 from ..strict import Strict, validate
+from ..vit import VisionTransformer, rebuilt_positions
 
 
 class Encoder(Strict):
@@ -39,6 +40,17 @@ class Encoder(Strict):
         if odd := [b for b in (*self.global_blocks, *self.taps) if not 0 <= b < 12]:
             raise ValueError(f"blocks {odd} are not of a ViT of 12 blocks, 0 to 11")
         return self
+
+
+def check_encoder(encoder: VisionTransformer, config: Encoder) -> None:
+    """UserError where the encoder cannot be that backbone: blocks, windows and positions are those of a plain ViT."""
+    if encoder.parts.relative or encoder.parts.registers:
+        raise UserError(f"transfer takes plain ViTs: this one has {encoder.parts}, which the backbone has no place for")
+    if config.keep_cls and not encoder.parts.cls:
+        raise UserError("the encoder has no CLS to keep: --set science.encoder.keep_cls=false")
+    if config.rebuild_positions:
+        assert config.position_grid is not None
+        rebuilt_positions(encoder.pos_embed.detach(), encoder.grid, config.position_grid)
 
 
 class IterationOptim(Strict):

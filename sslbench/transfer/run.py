@@ -20,7 +20,8 @@ from torch import nn
 from ..data.loader import seed_of
 from ..errors import UserError
 from ..evaluate.features import Subject, newest_run, open_subject, read_safetensors
-from ..evaluate.run import in_ledger, same_images
+from ..evaluate.run import in_ledger, same_images, same_subject
+from ..evaluate.told import NOTHING, Told
 from ..files import check_weights, digest, hashes, write_json, write_weights
 from ..ledger import Measurement, Record, Scale, to_ledger
 from ..paths import data_root, home
@@ -29,7 +30,7 @@ from ..recipe import Batch
 from ..train.launch import leave_the_others
 from ..train.loop import fit, make_fabric
 from ..train.run import read_run
-from .protocol import TransferRecipe
+from .protocol import TransferRecipe, check_encoder
 
 EXTRA = "pip install 'sslbench[transfer]', or in a clone pip install -e '.[transfer]'"
 PARTS = ("models", "datasets", "evaluation", "visualization")  # of mmdet and mmseg
@@ -106,6 +107,7 @@ class TransferJob:
             raise UserError(
                 f"{subject.arch} has patch {self.patch}; the pyramid halves it twice, so it must be a multiple of 4"
             )
+        check_encoder(subject.encoder, s.encoder)
         with self.scope():
             self.train, self.val = self.task.open_data(root, s)
         self.spec = self.train.name
@@ -166,11 +168,16 @@ class TransferJob:
 
 
 def transfer(
-    recipe: TransferRecipe, run: str | None, data: str | None, console: Console, tuning: dict[str, Any] | None = None
+    recipe: TransferRecipe,
+    run: str | None,
+    data: str | None,
+    console: Console,
+    tuning: dict[str, Any] | None = None,
+    told: Told = NOTHING,
 ) -> dict[str, Any]:
     """The ledger record of the main number. A finished run folder gives the number that it has.
 
-    tuning: what it took to choose the settings of RUN, for the numbers' cost.
+    tuning: what it took to choose the settings of RUN, for the numbers' cost. told: what public weights are.
     """
     require()
     kind = recipe.science.protocol
@@ -178,7 +185,9 @@ def transfer(
     if run is None:
         run = str(newest_run())
         console.print(f"the newest finished run: {run}")
-    subject = open_subject(run, recipe.science.seed)
+    subject = open_subject(run, recipe.science.seed, told=told)
+    if note := subject.note():
+        console.print(note, markup=False)
     console.print(f"looking at every photograph and label of {root}", markup=False)
     job = TransferJob(recipe, subject, root)
     for said in (*job.train.said, *job.val.said):
@@ -191,7 +200,8 @@ def transfer(
         if not leave_the_others():
             return {}
         info = read_run(folder)
-        if info.get("records") and same_images(info["records"][0], job.val):
+        known = info.get("records") and same_images(info["records"][0], job.val)
+        if known and same_subject(info["records"][0], subject):
             console.print(f"{folder} is finished: the numbers below are those it has in the ledger")
             records = [in_ledger(r, folder) for r in info["records"]]
         else:

@@ -32,7 +32,8 @@ from ..train.meter import Metrics, Running, Stopwatch, note, progress_bar
 from ..train.optim import layer_groups
 from ..train.run import Run, newest
 from ..train.state import save_checkpoint
-from .backbone import Decomposed, OffsetTable
+from ..vit import RelativeTable
+from .backbone import Decomposed
 from .protocol import IterationOptim
 
 CPU_ATTENTION = {  # which torch's counter knows on GPUs only
@@ -105,7 +106,7 @@ class LayerDecay:
     def __call__(self, model: nn.Module) -> OptimWrapper:
         o: IterationOptim = self.optim
         model = getattr(model, "module", model)
-        tables = [] if o.decay_relative else [m for m in model.modules() if isinstance(m, OffsetTable | Decomposed)]
+        tables = [] if o.decay_relative else [m for m in model.modules() if isinstance(m, RelativeTable | Decomposed)]
         plain = frozenset(p for m in tables for p in m.parameters())
         groups = layer_groups(model, self.depth, o.weight_decay, o.layer_decay, "backbone.", o.decay_biases, plain)
         for group in groups:
