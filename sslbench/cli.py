@@ -155,6 +155,10 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Imag
 Devices = Annotated[int | None, typer.Option("--devices", min=1)]
 Nodes = Annotated[int | None, typer.Option("--nodes", min=1)]
 Precision = Annotated[str | None, typer.Option("--precision", help="32, bf16, 16 or auto.")]
+InitFrom = Annotated[
+    str | None,
+    typer.Option("--init", help="Weights to start from: a run folder, RUN@0.5, a weights file, timm:NAME."),
+]
 
 
 @app.command()
@@ -164,6 +168,7 @@ def pretrain(
     data: Data = None,
     recipe: PretrainRecipe = None,
     preset: Preset = None,
+    init: InitFrom = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     sets: Sets = None,
@@ -182,16 +187,19 @@ def pretrain(
 ) -> None:
     """Pre-train an encoder. The same command again resumes an unfinished run."""
     from .commands.pretrain import dry, start
+    from .evaluate.start import settle
     from .recipe import compose
 
+    science = {"arch": arch, "data": {"spec": data}, "epochs": epochs, "batch_size": batch_size, "seed": seed}
     resolved = compose(
         method,
         recipe=recipe,
         preset=preset,
         sets=sets or [],
-        science={"arch": arch, "data": {"spec": data}, "epochs": epochs, "batch_size": batch_size, "seed": seed},
+        science={**science, "init": init},
         machine={"devices": devices, "nodes": nodes, "precision": precision, "compile": compile},
     )
+    resolved = settle(resolved)
     if dry_run:
         answer(as_json, dry(resolved, console(as_json)))
     else:

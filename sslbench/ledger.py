@@ -65,7 +65,8 @@ class Pretrain(Part):
     code: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
     hardware: dict[str, Any] | None = None
-    cost: Cost | None = None
+    cost: Cost | None = None  # with that of `init`; its FLOPs are None where those of `init` are not known
+    init: dict[str, Any] | None = None  # the weights that it started from: source, sha256, method, data, epochs, cost
 
 
 class Record(Part):

@@ -58,6 +58,8 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console, link:
     images and time and memory are scaled, which the answer says. `on`: DEVICExN, from FLOPs alone. `link`: the rate at
     which devices send to each other, such as 100Gb/s, for the speed of all of them on paper.
     """
+    if recipe.science.init:  # a step costs the same
+        recipe = recipe.model_copy(update={"science": recipe.science.model_copy(update={"init": None})})
     batch, s, m = Batch.of(recipe), recipe.science, recipe.machine
     (_, per_epoch, steps), flops = length(recipe), flops_per_image(recipe)
     answer: dict[str, Any] = {"method": recipe.method, "arch": s.arch, "epochs": s.epochs, "steps": steps,

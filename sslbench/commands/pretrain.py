@@ -9,14 +9,14 @@ import torch
 from rich.console import Console
 
 from ..data import data_name
+from ..evaluate.start import pretrain
 from ..paths import home
 from ..recipe import Batch, Recipe, dump, length
 from ..train.build import build, flops_per_image
 from ..train.job import run_name
 from ..train.launch import agree
-from ..train.loop import pretrain
 from ..train.optim import learning_rate
-from ..train.slurm import submit
+from ..train.slurm import Queued, submit
 from ..vit import count_parameters
 
 
@@ -75,6 +75,16 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
     return {**facts, "recipe": recipe.model_dump(mode="json")}
 
 
+class Pretraining(Queued):
+    """A run, as a job of a cluster."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+
+    def work(self, console: Console) -> str:
+        return pretrain(self.recipe, self.folder, console, progress=False)
+
+
 def start(recipe: Recipe, out: Path | None, console: Console, slurm: str | None = None) -> dict[str, str]:
     """Run it, in `--out` or in runs/<name>; with `slurm`, sbatch's options, as a job of a cluster."""
     folder = out or home() / "runs" / run_name(recipe)
@@ -84,7 +94,7 @@ def start(recipe: Recipe, out: Path | None, console: Console, slurm: str | None 
     for line in recipe.notes:
         console.print(line, markup=False)
     if slurm is not None:
-        return submit(recipe, folder, slurm, console)
+        return submit(recipe, folder, slurm, console, Pretraining)
     recipe = recipe.on(agree(recipe.machine))
     console.print(f"batch {Batch.of(recipe)}")
     status = pretrain(recipe, folder, Console(stderr=True, highlight=False))

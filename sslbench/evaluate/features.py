@@ -86,13 +86,28 @@ class Subject:
                 "images_seen": spent.get("images_seen"),
                 "batch": self.batch,
                 **{k: run.get(k) for k in ("data_fingerprint", "code", "versions", "hardware")},
+                **({"init": run["init"]} if run.get("init") else {}),
             },
             "sha256": self.sha256,
             "seed": run.get("seed"),
             **({} if share is None else {"milestone": share}),
             **({} if public is None else {"public": True}),
-            "cost": {k: spent.get(k) for k in ("wall_s", "device_hours", "flops", "peak_memory_gib", "joules")},
+            "cost": _with_start({k: spent.get(k) for k in COSTS}, run.get("init")),
         }
+
+
+COSTS = ("wall_s", "device_hours", "flops", "peak_memory_gib", "joules")
+
+
+def _with_start(cost: dict[str, Any], init: dict[str, Any] | None) -> dict[str, Any]:
+    """The cost of a pre-training and of the weights that it started from. What is not known of these is not known of
+    both: FLOPs and energy; times, which have to be told, are then its own."""
+    if init is None:
+        return cost
+    before = init["cost"] or {}
+    both = {k: cost[k] + before[k] if None not in (cost[k], before.get(k)) else None for k in COSTS}
+    both["peak_memory_gib"] = max(filter(None, (cost["peak_memory_gib"], before.get("peak_memory_gib"))), default=None)
+    return both | {k: cost[k] if both[k] is None else both[k] for k in ("wall_s", "device_hours")}
 
 
 def newest_run(root: Path | None = None) -> Path:

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..evaluate.features import open_subject
 from ..evaluate.finetune import Finetune, FinetuneJob
 from ..evaluate.run import EvalRecipe, eval_recipe
+from ..evaluate.start import settle
 from ..ledger import Record
 from ..recipe import Batch, Recipe, compose, length, merge
 from ..train.build import flops_per_image
@@ -104,6 +105,7 @@ def rows_of(study: Study, scale: str | None, data: str | None, sets: list[str]) 
             science = merge(science, {"data": {"spec": data}})
         method = row.method or study.method or str(name)
         recipe = compose(method, recipe=row.recipe or level.recipe, preset=row.preset, science=science, sets=sets)
+        recipe = settle(recipe)
         Batch.of(recipe)  # refuses what does not divide
         by = row.evaluations or level.evaluations or study.evaluations
         if not by and scale == "paper":

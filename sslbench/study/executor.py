@@ -18,11 +18,11 @@ from rich.console import Console
 
 from .. import ledger
 from ..errors import Interrupted, RunFailed, UserError, is_full
+from ..evaluate.start import pretrain
 from ..paths import home
 from ..provenance import cores
 from ..recipe import Recipe
 from ..signals import Signals
-from ..train.loop import pretrain
 from . import measure
 from .cells import Cell
 from .measure import DataSets

@@ -45,8 +45,7 @@ class Job:
         self.device_minutes = s.device_minutes
         self.image_size, self.crop_scale = s.data.image_size or 0, s.augment.crop_scale
         self.interpolation = s.augment.interpolation
-        # A run folder belongs to one of these.
-        self.identity = {"arch": s.arch, "recipe_hash": recipe.hash(), "seed": s.seed}
+        self.identity = identity(recipe)
 
     def batch(self) -> Batch:
         return Batch.of(self._pretraining)
@@ -97,6 +96,12 @@ def on(job: Job, machine: Machine) -> Job:
     other = copy.copy(job)
     other.machine, other.recipe = machine, job.recipe.model_copy(update={"machine": machine})
     return other
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What a run folder belongs to."""
+    s = recipe.science
+    return {"arch": s.arch, "recipe_hash": recipe.hash(), "seed": s.seed}
 
 
 def run_name(recipe: Recipe) -> str:

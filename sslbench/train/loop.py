@@ -77,7 +77,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
     (non-finite loss, unreadable data), Interrupted (a signal; the folder can be resumed).
     """
     previous = read_run(folder)
-    check_same(job, previous, folder)
+    check_same(job.identity, previous, folder)
     whole = previous.get("status") == "finished" and (folder / "weights.safetensors").is_file()
     if whole and not _other_images(job, previous):
         return "already finished"

@@ -337,9 +337,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def check_same(job: Job, previous: dict[str, Any], folder: Path) -> None:
+def check_same(identity: dict[str, Any], previous: dict[str, Any], folder: Path) -> None:
     """A run folder belongs to one recipe and seed."""
-    for key, value in job.identity.items():
+    for key, value in identity.items():
         if previous and previous.get(key) != value:
             raise UserError(
                 f"{folder} holds a run of another recipe ({key} {previous.get(key)}, this one {value}); choose "

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ from rich.console import Console
 
 from ..errors import Interrupted, RunFailed, UserError, nearest
 from ..recipe import Batch, Machine, Recipe
-from .job import Job
+from .job import identity
 from .launch import first_process
-from .loop import pretrain
 from .run import check_same, read_run
 
 WARNING_S = 300  # before the end of its time a job gets SIGUSR1; the next log step has to come within that
@@ -46,18 +46,10 @@ class Queued:
         return submitit.helpers.DelayedSubmission(self)
 
 
-class Task(Queued):
-    """A pre-training."""
-
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder
-
-    def work(self, console: Console) -> str:
-        return pretrain(self.recipe, self.folder, console, progress=False)
-
-
-def submit(recipe: Recipe, folder: Path, options: str, console: Console) -> dict[str, str]:
-    """Submit a job that trains `recipe` in `folder`. options: sbatch's, as `partition=gpu,nodes=2,time=1440`.
+def submit(
+    recipe: Recipe, folder: Path, options: str, console: Console, task: Callable[[Recipe, Path], Queued]
+) -> dict[str, str]:
+    """Submit `task(recipe, folder)`, which trains. options: sbatch's, as `partition=gpu,nodes=2,time=1440`.
 
     time is in minutes; nodes and gpus_per_node are the recipe's machine.nodes and machine.devices, one task a device.
     """
@@ -65,13 +57,12 @@ def submit(recipe: Recipe, folder: Path, options: str, console: Console) -> dict
     given = options_of(options)
     machine = agree_with(given, recipe.machine)
     recipe = recipe.on(machine)
-    job = Job(recipe)
     Batch.of(recipe)  # refuses what does not divide
     previous = read_run(folder)
-    check_same(job, previous, folder)
+    check_same(identity(recipe), previous, folder)
     if previous.get("status") == "finished":
         return {"run": str(folder), "status": "finished"}
-    id = send([Task(recipe, folder)], folder / "slurm", folder.name, machine, given)[0]
+    id = send([task(recipe, folder)], folder / "slurm", folder.name, machine, given)[0]
     console.print(f"submitted as job {id}, {machine.nodes} machine(s) of {machine.devices} device(s); it says in "
                   f"{folder}/slurm/{id}_0_log.err what it does, and is queued again until it is done")  # fmt: skip
     return {"run": str(folder), "status": "submitted", "job": id}
