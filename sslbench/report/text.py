@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 from ..study.printed import PAPERS
-from . import studies
+from . import milestones, studies
 from .equal import EQUAL, alone, as_rows, equal
 from .paper_figures import PaperFigure
 from .papers import Deviation, Disagreement, PaperTable
@@ -50,6 +50,7 @@ class Content:
     alone: bool  # nothing but `beside`
     studies: list[Result] = field(default_factory=list)
     study_figures: dict[str, list[str]] = field(default_factory=dict)  # study -> what of it is drawn
+    milestones: bool = False  # whether there is a figure of them
     figures: list[PaperFigure] = field(default_factory=list)
     disagreements: list[Disagreement] = field(default_factory=list)
     deviations: list[Deviation] = field(default_factory=list)
@@ -100,6 +101,9 @@ def markdown(c: Content) -> str:
         parts += ["### At equal budgets", EQUAL] if found else []
         for e in found:
             parts += [f"#### {e.title}", *(_grid(*as_rows(group)) for group in e.groups), alone(e)]
+    if c.milestones:
+        title = milestones.TITLE
+        parts += [f"## {title}", f"![{title}](figures/milestones.png)", milestones.CAPTION]
     parts += ["## The papers' figures", FIGURES] if c.figures else []
     for f in c.figures:
         names = [f.name] if f.figure else [f"{f.name}_{method}" for method in f.pictures]
