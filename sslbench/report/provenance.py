@@ -81,7 +81,8 @@ def _run(r: Record) -> dict[str, str]:
     }
     if p.init:
         epochs = "epochs not known" if p.init["epochs"] is None else f"{p.init['epochs']:g} epochs"
-        facts["started from"] = f"{p.init['source']}: {p.init['method']}, {p.init['data'] or 'data not known'}, {epochs}"
+        data = p.init["data"] or "data not known"
+        facts["started from"] = f"{p.init['source']}: {p.init['method']}, {data}, {epochs}"
     return facts | ({"pre-training": _spent(p.cost)} if p.cost else {})
 
 

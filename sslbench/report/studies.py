@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..study.budget import parse_budget
 from ..study.rank import Ranking
-from .figures import GREY, STYLE, WIDTH, colour_of, name_points
+from .figures import DASHED, GREY, STYLE, WIDTH, colour_of, name_points
 from .results import Result
 
 HOW = (
@@ -23,6 +23,32 @@ HOW = (
 
 UNRANKED = "Nothing is ranked: budgets differ."
 PAIRWISE = "Pairwise differences at {}, row - column; in brackets: not told apart"
+
+
+def standing_figure(result: Result) -> Figure | None:
+    """The ranking at the largest budget: each row with its interval, the untrained ViT dashed. None: nothing ranked."""
+    if not result.rankings:
+        return None
+    largest = result.rankings[0]
+    rows = [s for s in largest.rows if s.row != "untrained"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.7 + 0.3 * len(rows)), layout="constrained")
+        axis = figure.subplots()
+        for s in largest.rows:
+            if s.row == "untrained":
+                axis.axvline(s.value, color=GREY, linestyle="--")
+        for y, s in enumerate(rows):
+            if s.low is not None and s.high is not None:
+                axis.plot([s.low, s.high], [y, y], "|-", color=colour_of(y))
+            axis.plot(s.value, y, "o", color=colour_of(y), markerfacecolor="white" if s.control else None)
+            axis.annotate(f"{s.value:.1f}", (s.value, y), (0, 5), textcoords="offset points", fontsize=8, ha="center")
+        axis.set_yticks(range(len(rows)), [s.row for s in rows])
+        axis.set_ylim(len(rows) - 0.5, -0.7)
+        axis.set_title(f"{largest.metric} at {largest.budget}, %")
+        hollow = "; hollow: a control" if any(s.control for s in rows) else ""
+        dashed = DASHED if len(rows) < len(largest.rows) else ""
+        figure.supxlabel(f"bar: 95 % interval{dashed}{hollow}", fontsize=9)
+    return figure
 
 
 def budget_figure(result: Result) -> Figure | None:
@@ -88,6 +114,7 @@ def _at(x: float, curve: list[list[float]]) -> float:
 
 
 FIGURES: dict[str, tuple[Callable[[Result], Figure | None], str]] = {
+    "standing": (standing_figure, "Who is ahead"),
     "budget": (budget_figure, "Accuracy against budget"),
     "watch": (watch_figure, "Accuracy while training"),
 }
