@@ -18,11 +18,12 @@ from .paths import home
 from .recipe import digest
 
 Scale = Literal["tiny", "cifar", "paper"]
-METRICS = r"(knn|linprobe|finetune|knn_held_out)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"
+PERCENT = r"(knn|linprobe|attentive|finetune|knn_held_out)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"
+GEOMETRY = ("rankme", "effective_rank", "feature_std", "uniformity", "alignment", "cka")  # numbers without a unit
 
 
 def _known(metric: str) -> str:
-    if not re.fullmatch(METRICS, metric):
+    if metric not in GEOMETRY and not re.fullmatch(PERCENT, metric):
         raise ValueError(f"'{metric}' is no metric of this suite")
     return metric
 
@@ -64,7 +65,7 @@ class Pretrain(Part):
 
 
 class Record(Part):
-    """One number. Accuracies are percentages; stderr is over the n test images.
+    """One number. Accuracies are percentages, what GEOMETRY lists has no unit; stderr is over the n test images.
 
     `code`, `versions` and `hardware` are the evaluation's, `pretrain` has those of the pre-training. `cost` is of both
     together, `pretrain.cost` the pre-training's share. `weights_sha256` is of the encoder as it was pre-trained,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from .draws import rand
@@ -23,6 +23,15 @@ from .recipe import Augment, Strict
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 VIEW = 2  # of evaluation's view. 1 enlarged what is no larger than the view to a square, and cropped beyond 224 pixels
+
+
+def _ordered(scale: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError("expected (low, high) with 0 < low <= high <= 1")
+    return scale
+
+
+CropScale = Annotated[tuple[float, float], AfterValidator(_ordered)]  # shares of an image's area
 
 
 def crop_boxes(

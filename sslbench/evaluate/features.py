@@ -76,6 +76,11 @@ class Subject:
         }
 
 
+def origin(subject: Subject) -> str:
+    """What a subject is called by: its run's name, else as it was asked for."""
+    return subject.path.parent.name if subject.run and subject.path else subject.name
+
+
 def newest_run(root: Path | None = None) -> Path:
     """The pre-training that finished last."""
     finished = [

@@ -37,10 +37,13 @@ from ..train.launch import alone, launched, leave_to_first
 from ..train.loop import fit
 from ..train.run import read_run
 from ..train.state import check_weights, hashes, write_json
+from .attentive import Attentive, AttentiveJob
 from .features import Subject, contents, extract, find_weights, fine_tuned, newest_run, open_subject, view_of
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
+from .geometry import Geometry
 from .job import LabelledJob, protocol_hash
 from .knn import knn_right
+from .labels import LabelShare, list_facts, list_of, protocol_name
 from .linprobe import linear_right
 from .probe import AugmentedProbe, ProbeJob, Rate
 
@@ -67,6 +70,7 @@ class Linprobe(Strict):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     pool: Literal["cls", "mean", "mean_all"] | None = None
+    labels: LabelShare = None  # a share of train's: see labels.py
 
 
 class Robustness(Strict):
@@ -76,9 +80,14 @@ class Robustness(Strict):
     finetune: str | None = Field(None, exclude=True)
 
 
+TRAINED = Finetune | AugmentedProbe | Attentive  # by the loop, in a run folder of its own
+
+
 class EvalRecipe(Strict):
     name: str
-    science: Knn | HeldOutKnn | Linprobe | AugmentedProbe | Finetune | Robustness = Field(discriminator="protocol")
+    science: Knn | HeldOutKnn | Linprobe | AugmentedProbe | Attentive | Finetune | Robustness | Geometry = Field(
+        discriminator="protocol"
+    )
     machine: Machine = Machine()
 
 
@@ -99,7 +108,7 @@ def protocol_of(recipe: EvalRecipe, pool: str, side: int, *sets: ImageSet) -> di
     s = recipe.science
     assert not isinstance(s, Robustness)
     pool, side = s.pool or pool, getattr(s, "image_size", None) or side
-    return {"name": f"{recipe.name}_{pool}", "hash": protocol_hash(s, pool, (side, side), view_of(side, *sets))}
+    return {"name": protocol_name(recipe, pool), "hash": protocol_hash(s, pool, (side, side), view_of(side, *sets))}
 
 
 def evaluate_named(
@@ -107,7 +116,7 @@ def evaluate_named(
 ) -> dict[str, Any]:
     """`sslbench eval`: the newest run where none is named, the run's own data where none is given."""
     protocol = recipe.science.protocol
-    if not isinstance(recipe.science, Finetune | AugmentedProbe):
+    if not isinstance(recipe.science, TRAINED):
         leave_to_first()
     if isinstance(recipe.science, Robustness):
         run = str(_tuned_run(recipe.science, run))
@@ -148,7 +157,7 @@ def evaluate(
 
     tuning: what it took to choose the settings of the run, for the numbers' cost.
     """
-    if isinstance(recipe.science, Finetune | AugmentedProbe):
+    if isinstance(recipe.science, TRAINED):
         return [_train_and_score(recipe, run, data, seed, console or Console(quiet=True), tuning)]
     if isinstance(recipe.science, Robustness):
         return [_robustness(recipe, recipe.science, run, data)]
@@ -161,11 +170,11 @@ def evaluate(
     pool = recipe.science.pool or subject.pool
     features = {d.split: extract(subject, d, device, recipe.machine.workers)[pool] for d in (train, val)}
     assert train.labels is not None and val.labels is not None
-    arrays = features["train"], train.labels, features["val"], val.labels
     s = recipe.science
     own = subject.run.get("seed", seed or 0)
     if isinstance(s, Knn):
         seed = own
+        arrays = features["train"], train.labels, features["val"], val.labels
         ks = [s.main_k, *(k for k in s.k if k != s.main_k)]
         by_k = knn_right(*arrays, ks, s.temperature, device=device)
         values: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
@@ -173,8 +182,13 @@ def evaluate(
         ]
     else:
         seed = own if seed is None else seed
+        chosen = list_of(train, s.labels, seed, data)
+        part = slice(None) if chosen is None else chosen
         right, lr = linear_right(
-            *arrays,
+            features["train"][part],
+            train.labels[part],
+            features["val"],
+            val.labels,
             lrs=s.lr,
             epochs=s.epochs,
             batch_size=s.batch_size,
@@ -182,7 +196,7 @@ def evaluate(
             weight_decay=s.weight_decay,
             seed=seed,
         )
-        values = [("linprobe_top1", right, {"lr": lr})]
+        values = [("linprobe_top1", right, {"lr": lr, **list_facts(train, s.labels, chosen)})]
     side, cost = subject.encoder.image[0], spent.after()
     protocol = protocol_of(recipe, pool, side, train, val)
     facts = subject.facts()
@@ -244,8 +258,9 @@ def _train_and_score(
     subject = open_subject(run, seed or 0)
     spec, train, val = _splits(subject, data)
     seed = subject.run.get("seed", 0) if seed is None else seed
-    kind = FinetuneJob if isinstance(s, Finetune) else ProbeJob
-    job: LabelledJob = kind(recipe, subject, spec, train, s.pool or subject.pool, seed, val)  # type: ignore[union-attr]
+    assert isinstance(s, TRAINED)
+    kind = FinetuneJob if isinstance(s, Finetune) else AttentiveJob if isinstance(s, Attentive) else ProbeJob
+    job: LabelledJob = kind(recipe, subject, spec, train, s.pool or subject.pool, seed, val)
     folder = home() / "runs" / job.folder_name
     fit(job, folder, console)
     if not alone():
@@ -260,7 +275,8 @@ def _train_and_score(
     check_weights(weights, info)
     info |= hashes(weights)
     right, more = job.score(weights, val, device)
-    condition, cost = {"pool": job.pool, **more, "eval_run": folder.name}, spent.after(info["cost"])
+    condition = {"pool": job.pool, **more, **job.labelled_part, "eval_run": folder.name}
+    cost = spent.after(info["cost"])
     facts = subject.facts()
     record = to_ledger(facts, job.metric, right, val, spec, job.protocol, condition, seed, job.image_size, cost, info,
                        tuning=tuning)  # fmt: skip
@@ -350,13 +366,14 @@ def to_ledger(
     spent: dict[str, Any],
     trained: dict[str, Any],
     accuracy: bool = True,
+    stderr: float | None = None,
     scale: Scale | None = None,
     tuning: dict[str, Any] | None = None,
 ) -> Record:
     """Into the ledger: the number, where it comes from, and what it cost, pre-training (in `facts`) and `spent`.
 
     trained: run.json of the run that the evaluation trained, {} where it trained none. accuracy: the number is a share
-    of the images, which has a binomial standard error; other numbers have none here. value: the number, or which of
+    of the images, which has a binomial standard error; other numbers have `stderr`. value: the number, or which of
     the images are right (N,), whose percentage it is; these are kept too. tuning: what choosing the settings took.
     """
     right = value if isinstance(value, torch.Tensor) else None
@@ -376,7 +393,7 @@ def to_ledger(
             "metric": metric,
             "dataset": data_name(data),
             "value": value,
-            "stderr": accuracy_stderr(value, len(val)) if accuracy else None,
+            "stderr": accuracy_stderr(value, len(val)) if accuracy else stderr,
             "n": len(val),
             **{k: facts[k] for k in ("method", "preset", "arch")},
             "pretrain": {**facts["pretrain"], "cost": {"joules": None, **before} if ours else None},

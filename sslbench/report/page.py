@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .. import ledger
 from ..errors import UserError, nearest
-from ..ledger import Cost, Record
+from ..ledger import GEOMETRY, Cost, Record
 from ..paths import home
 from ..study.results import Result, results
 from ..train.state import write_atomically
@@ -30,7 +30,7 @@ from .papers import (
     reported_beside_measured,
 )
 from .printed import PAPERS, paper_tables
-from .tables import MAIN_METRICS, Cell, Table, summary, tables
+from .tables import MAIN_METRICS, Cell, Table, form_of, is_unitless, summary, tables
 from .terminal import show
 from .text import (
     BESIDE,
@@ -38,6 +38,7 @@ from .text import (
     DEVIATE,
     DISAGREE,
     FIGURES,
+    UNITLESS,
     Content,
     as_csv,
     cost,
@@ -95,7 +96,8 @@ def write_page(
     alone = papers if isinstance(papers, list) else []
     beside = [reported_beside_measured(name, records) for name in alone or paper_tables()] if papers else []
     main = [] if alone else tables(records)
-    other = [] if alone else tables(records, tuple({r.metric for r in records} - {*MAIN_METRICS}))
+    rest = {r.metric for r in records} - {*MAIN_METRICS, *GEOMETRY}
+    other = [] if alone else tables(records, tuple(rest)) + tables(records, GEOMETRY)
     content = Content(title, notes or [], main, other, beside, bool(alone), shown or [])
     if papers and not alone:
         content.figures, content.disagreements, content.deviations = paper_figures(main), disagreements(), deviations()
@@ -178,7 +180,7 @@ def _html(c: Content, files: dict[str, bytes], records: list[Record]) -> str:
     body += [_html_measured(t, files, i) for i, t in enumerate(c.main, 1)]
     body += _html_paper_figures(c.figures, files)
     if c.other:
-        inner = "".join(f"<h3>{escape(t.title)}</h3>{_html_table(t)}" for t in c.other)
+        inner = "".join(_html_other(t) for t in c.other)
         body.append(f"<details><summary>Other numbers</summary>{inner}</details>")
     if c.beside:
         body.append(f'<h2>The papers\' tables, reported | measured</h2><p class="soft">{_prose(BESIDE)}</p>')
@@ -242,6 +244,11 @@ def _html_measured(t: Table, files: dict[str, bytes], i: int) -> str:
             pictures += f"<figure><figcaption>{what}</figcaption>{_html_svg(svg, what)}</figure>"
     shown = f'{_html_table(t)}<div class="figures">{pictures}</div>{_html_equal(t)}'
     return f"<h2>{escape(t.title)}</h2><ul>{leads}</ul>{shown}"
+
+
+def _html_other(t: Table) -> str:
+    note = f'<p class="soft">{_prose(UNITLESS)}</p>' if is_unitless(t) else ""
+    return f"<h3>{escape(t.title)}</h3>{note}{_html_table(t)}"
 
 
 def _html_svg(svg: bytes, what: str) -> str:
@@ -326,7 +333,7 @@ def _html_table(t: Table) -> str:
 def _html_cell(cell: Cell | None) -> str:
     if cell is None:
         return "<td></td>"
-    gain = "" if cell.gain is None else f' <span class="gain">({cell.gain:+z.1f})</span>'
+    gain = "" if cell.gain is None else f' <span class="gain">{cell.gain_text().strip()}</span>'
     seeds = ", ".join(map(str, cell.seeds()))
     interval = "no interval known" if cell.half is None else f"95 % interval over {cell.over}"
     hover = f"{interval}; seed {seeds}; n = {cell.records[0].n}"
@@ -356,11 +363,12 @@ def _spent(cost: Cost) -> str:
 
 
 def _provenance(r: Record) -> str:
+    unit = "" if r.metric in GEOMETRY else " %"
     error = "standard error unknown" if r.stderr is None else f"standard error {r.stderr:.2f}"
     p = r.pretrain
     trained_on = f"{p.data or 'nothing'}" + (f", fingerprint {p.data_fingerprint}" if p.data_fingerprint else "")
     facts = {
-        "number": f"{r.metric} {r.value:.2f} %, {error}, n = {r.n}, {r.dataset}",
+        "number": f"{r.metric} {r.value:.2f}{unit}, {error}, n = {r.n}, {r.dataset}",
         "protocol": f"{r.protocol.name} {r.protocol.hash}",
         "recipe": f"{p.recipe_hash or 'none'}, preset {r.preset or 'none'}, seed {r.run_seed}",
         "run": p.run or "none",
@@ -377,5 +385,5 @@ def _provenance(r: Record) -> str:
         facts["pre-training"] = f"{_spent(p.cost)}; {by}"
     lines = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     by = "" if r.seed == r.run_seed else f", evaluated by seed {r.seed}"
-    head = f"{r.protocol.name} {r.metric}: {r.value:.1f} %, {r.dataset}, seed {r.run_seed}{by}"
+    head = f"{r.protocol.name} {r.metric}: {r.value:{form_of(r.metric)}}{unit}, {r.dataset}, seed {r.run_seed}{by}"
     return f'<details id="{r.id}"><summary>{escape(head)}</summary><dl>{lines}</dl></details>'

@@ -1,0 +1,101 @@
+"""`sslbench eval geometry`: numbers of the features of val that need no labels, into the ledger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..data import ImageSet, open_split
+from ..data.loader import evaluation_batches, seed_of
+from ..errors import UserError
+from ..ledger import Record
+from ..provenance import Spent
+from ..recipe import digest
+from ..train.device import default_device
+from ..train.launch import leave_to_first
+from ..views import normalise, random_resized_crop
+from ..vit import pool_tokens
+from .features import Subject, extract, newest_run, open_subject, origin
+from .geometry import Geometry, alignment, cka, effective_rank, spread, uniformity
+from .run import EvalRecipe, protocol_of, to_ledger
+
+VIEWS = "two random crops of the evaluation view"
+
+
+def describe(
+    recipe: EvalRecipe, run: str | None, other: str | None, data: str | None, seed: int | None, console: Console
+) -> dict[str, Any]:
+    """Measure RUN's features on val and append every number; returns the record of RankMe, with all as `numbers`.
+
+    other: another RUN, whose features of the same images are compared with these by CKA. seed: of alignment's crops;
+    None: the run's own, or 0. UserError: no data, or fewer than two images.
+    """
+    leave_to_first()
+    if run is None:
+        run = str(newest_run())
+        console.print(f"the newest finished run: {run}")
+    s, device = recipe.science, default_device()
+    assert isinstance(s, Geometry)
+    spent, subject = Spent(device.type), open_subject(run, seed or 0)
+    second = open_subject(other, seed or 0) if other else None
+    spec = data or subject.data
+    if spec is None:
+        raise UserError(f"'{subject.name}' does not say what data it was trained on; give --data SPEC")
+    val = open_split(spec, "val")
+    if len(val) < 2:
+        raise UserError(f"data '{spec}': val has {len(val)} image; how images lie to each other takes two at least")
+    seed = subject.run.get("seed", 0) if seed is None else seed
+    pool, side, workers = s.pool or subject.pool, subject.encoder.image[0], recipe.machine.workers
+    x = extract(subject, val, device, workers)[pool].double()
+    views = _two_views(subject, val, s, pool, seed, device, workers)
+    condition = {"pool": pool}
+    found: list[tuple[str, tuple[Tensor, Tensor | None], dict[str, Any]]] = [
+        ("rankme", (effective_rank(x), None), condition),
+        ("effective_rank", (effective_rank(x - x.mean(0)), None), condition),
+        ("feature_std", (spread(x), None), condition),
+        ("uniformity", uniformity(x), condition),
+        ("alignment", alignment(*views), {**condition, "views": VIEWS}),
+    ]
+    if second:
+        y = extract(second, val, device, workers)[s.pool or second.pool].double()
+        against = {"with": origin(second), "with_sha256": second.sha256, "with_pool": s.pool or second.pool}
+        found.append(("cka", (cka(x, y), None), {**condition, **against}))
+    protocol, cost = protocol_of(recipe, pool, side, val), spent.after()
+    records = []
+    for metric, (value, error), c in found:
+        its = _with(protocol, c) if metric == "cka" else protocol
+        stderr = None if error is None else error.item()
+        record = to_ledger(subject.facts(), metric, value.item(), val, spec, its, c, seed, side, cost, {},
+                           accuracy=False, stderr=stderr)  # fmt: skip
+        records.append(record)
+        console.print(f"{metric:16} {_said(record)}  {record.dataset}, n={record.n}, {its['name']}", markup=False)
+    return records[0].model_dump(mode="json") | {"numbers": {r.metric: r.value for r in records}}
+
+
+def _with(protocol: dict[str, str], c: dict[str, Any]) -> dict[str, str]:
+    """CKA's protocol: with whom it is measured is part of it."""
+    hash = digest([protocol["hash"], c["with_sha256"], c["with_pool"]])
+    return {"name": f"{protocol['name']}_with_{c['with']}", "hash": hash}
+
+
+def _said(r: Record) -> str:
+    return f"{r.value:8.3f}" + ("" if r.stderr is None else f" +- {r.stderr:.3f}")
+
+
+@torch.inference_mode()
+def _two_views(
+    subject: Subject, val: ImageSet, s: Geometry, pool: str, seed: int, device: torch.device, workers: int
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) of two random crops of every image's evaluation view, float64 on the CPU."""
+    encoder, size = subject.encoder.to(device).eval(), subject.encoder.image[0]
+    draws = torch.Generator().manual_seed(seed_of("alignment", seed))
+    parts: tuple[list[Tensor], list[Tensor]] = [], []
+    for images in evaluation_batches(val, size, 250, device, workers):
+        for part in parts:
+            crops = random_resized_crop(images.round().to(torch.uint8), size, s.crop_scale, s.flip, draws)
+            tokens = encoder(normalise(crops, subject.mean, subject.std))
+            part.append(pool_tokens(tokens, pool).double().cpu())
+    return torch.cat(parts[0]), torch.cat(parts[1])
