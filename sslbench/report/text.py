@@ -24,8 +24,8 @@ HOW = (
 UNITLESS = (
     "Of the features of val, without labels, and without a unit: RankMe and the effective rank of centred features (at "
     "most their width), their spread (0 in collapse, 1 over the sphere), uniformity (0 in collapse, else lower), "
-    "alignment of two random crops (0: crops do not matter), and CKA with another encoder (1: alike). Intervals are over "
-    "seeds, else over images where that is known."
+    "alignment of two random crops (0: crops do not matter), and CKA with another encoder (1: alike). Intervals are "
+    "over seeds, else over images where that is known."
 )
 BESIDE = (
     "As printed; `-` where the paper prints no number. After the bar, what was measured by the recipe and the protocol "
