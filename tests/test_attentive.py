@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sslbench import ledger, right
 from sslbench.data import open_split, subset
 from sslbench.errors import UserError
-from sslbench.evaluate.attentive import Attentive, AttentiveJob, AttentiveProbe, Head, attentive_logits, gather
+from sslbench.evaluate.attentive import Attentive, AttentiveJob, AttentiveProbe, Head, gather
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.finetune import FinetuneJob
 from sslbench.evaluate.labels import list_facts, list_of
@@ -20,7 +20,7 @@ from sslbench.evaluate.linprobe import linear_right
 from sslbench.evaluate.probe import ProbeJob
 from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.recipe import Augment
-from sslbench.vit import split_heads
+from sslbench.vit import Arch, VisionTransformer, split_heads
 
 RUN, SMALL = "untrained:vit_mini4@16", "untrained:vit_micro4@8"  # of 16 patches, of 4
 QUICK = ["science.epochs=1", "science.batch_size=50", "science.warmup_epochs=0", "machine.workers=0",
@@ -31,22 +31,42 @@ def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_attentive_logits_are_the_hand_calculation():
-    """Two heads of three queries, loop by loop."""
-    (B, N, D), (L, M, K) = (2, 5, 6), (2, 3, 4)
-    x, q, v, w, b = drawn(B, N, D), drawn(L, M, D, seed=1), drawn(L, M, D // M, D, seed=2), drawn(L, K, D, seed=3), drawn(L, K, seed=4)  # fmt: skip  # noqa: E501
-    got = attentive_logits(x, q, v, w, b)
-    for head in range(L):
+def probe_of(dim, queries, rates=(1e-2,), classes=4):
+    """Attentive heads on an encoder of that width."""
+    encoder = VisionTransformer(Arch(patch=8, dim=dim, depth=1, heads=1, image=16))
+    return AttentiveProbe(Attentive(protocol="attentive", queries=queries, lr=rates), encoder, Augment(), classes)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attentive_logits_are_the_hand_calculation(training):
+    """Two heads of four queries, loop by loop, and BatchNorm of three images or by what it has seen."""
+    (B, N, D), (L, M, K) = (3, 5, 8), (2, 4, 4)
+    model = probe_of(D, M, (1e-2, 1e-3), K).double().train(training)
+    for seed, p in enumerate(model.heads.parameters(), 1):
+        p.data.copy_(drawn(*p.shape, seed=seed))
+    model.norm.running_mean.copy_(drawn(L * D, seed=20))
+    model.norm.running_var.copy_(drawn(L * D, seed=21).square() + 0.1)
+    x, means, variances = drawn(B, N, D), model.norm.running_mean.tolist(), model.norm.running_var.tolist()
+    got = model.read(x)
+    for number, head in enumerate(model.heads):
+        q, v, w, b = (t.detach() for t in (head.queries, head.values, head.weight, head.bias))
+        z = []
         for image in range(B):
-            z = []
+            z.append([])
             for m in range(M):
-                scores = [sum(q[head, m, d] * x[image, n, d] for d in range(D)) / math.sqrt(D) for n in range(N)]
-                total = sum(math.exp(s) for s in scores)
-                gathered = [sum(math.exp(s) / total * x[image, n, d] for n, s in enumerate(scores)) for d in range(D)]
-                z += [sum(v[head, m, e, d] * gathered[d] for d in range(D)) for e in range(D // M)]
+                scores = [sum(float(q[m, d] * x[image, n, d]) for d in range(D)) / math.sqrt(D) for n in range(N)]
+                share = [math.exp(s) / sum(map(math.exp, scores)) for s in scores]
+                gathered = [sum(share[n] * float(x[image, n, d]) for n in range(N)) for d in range(D)]
+                z[-1] += [sum(float(v[m, e, d]) * gathered[d] for d in range(D)) for e in range(D // M)]
+        for image in range(B):
+            normal = []
+            for d in range(D):
+                mean = sum(z[i][d] for i in range(B)) / B if training else means[number * D + d]
+                var = sum((z[i][d] - mean) ** 2 for i in range(B)) / B if training else variances[number * D + d]
+                normal.append((z[image][d] - mean) / math.sqrt(var + 1e-6))
             for k in range(K):
-                expected = sum(w[head, k, d] * z[d] for d in range(D)) + b[head, k]
-                assert abs(got[head, image, k] - expected) < 1e-8
+                expected = sum(float(w[k, d]) * normal[d] for d in range(D)) + float(b[k])
+                assert abs(got[number, image, k].item() - expected) < 1e-8
 
 
 def test_it_is_cross_attention_with_one_query_of_as_many_heads():
@@ -56,7 +76,7 @@ def test_it_is_cross_attention_with_one_query_of_as_many_heads():
     heads = [split_heads(t, M) for t in (query.expand(B, 1, D), x @ keys.T, x @ values.T)]
     expected = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(1)
     ours = torch.einsum("me,med->md", query.view(M, -1), keys.view(M, -1, D)) * M**0.5
-    found = torch.einsum("bmd,med->bme", gather(x, ours), values.view(M, -1, D)).flatten(1)
+    found = torch.einsum("bmd,med->bme", gather(x, ours[None])[:, 0], values.view(M, -1, D)).flatten(1)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -74,15 +94,14 @@ def in_one_patch(n, seed):
 def test_a_label_in_one_patch_is_read_and_a_linear_probe_of_the_mean_reads_little_of_it():
     (x, y), (val, truth) = in_one_patch(2000, 0), in_one_patch(500, 1)
     torch.manual_seed(0)
-    head = Head(32, 4, 10)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
-    for step in range(300):
+    model = probe_of(32, 4, classes=10).train()
+    optimizer = torch.optim.AdamW(model.heads.parameters(), lr=3e-2)
+    for step in range(200):
         index = torch.randint(2000, (200,), generator=torch.Generator().manual_seed(step))
-        logits = attentive_logits(x[index], **{k: p[None] for k, p in head.named_parameters()})[0]
         optimizer.zero_grad()
-        F.cross_entropy(logits, y[index]).backward()
+        F.cross_entropy(model.read(x[index])[0], y[index]).backward()
         optimizer.step()
-    found = attentive_logits(val, **{k: p[None] for k, p in head.named_parameters()})[0].argmax(1) == truth
+    found = model.eval().read(val)[0].argmax(1) == truth
     settings = {"lrs": [0.1, 1.0], "epochs": 20, "batch_size": 200, "momentum": 0.9, "weight_decay": 0.0, "seed": 0}
     linear, _ = linear_right(x.mean(1), y, val.mean(1), truth, **settings)
     assert found.float().mean() > 0.95 and linear.float().mean() < 0.5
@@ -93,7 +112,7 @@ def test_heads_start_alike_and_the_encoder_stays_as_it_was():
     before = {k: v.clone() for k, v in subject.encoder.state_dict().items()}
     model = AttentiveProbe(Attentive(protocol="attentive"), subject.encoder, Augment(), 10).train()
     logits = model.logits(torch.zeros(2, 3, 16, 16))
-    assert logits.shape == (5, 2, 10) and all(x.equal(logits[0]) for x in logits) and not model.encoder.training
+    assert logits.shape == (6, 2, 10) and all(x.equal(logits[0]) for x in logits) and not model.encoder.training
     views = model.build_views(data.images[:8], torch.Generator().manual_seed(0), data.labels[:8])
     model.loss(model(views))["loss"].backward()
     assert all(p.grad is None for p in model.encoder.parameters())
@@ -103,7 +122,7 @@ def test_heads_start_alike_and_the_encoder_stays_as_it_was():
 
 def test_the_command_learns_keeps_what_it_had_right_and_gives_its_number_again(invoke, few_images):
     sets = [x for pair in zip(["--set"] * len(QUICK), QUICK, strict=True) for x in pair]
-    command = ["eval", "attentive", SMALL, "--data", "builtin", *sets, "--set", "science.epochs=20", "--json"]
+    command = ["eval", "attentive", SMALL, "--data", "builtin", *sets, "--set", "science.epochs=10", "--json"]
     done, again = invoke(*command), invoke(*command)
     assert done.exit_code == 0 and again.stdout == done.stdout and "is finished" in again.stderr, done.stderr
     record = ledger.checked(json.loads(done.stdout.splitlines()[-1]))
@@ -140,7 +159,8 @@ def test_the_rate_is_chosen_by_a_tenth_of_train_val_is_read_once_and_the_seed_is
         found.append(load_file(run / "weights.safetensors"))
         shutil.rmtree(run)
     assert [(d.split, len(d)) for d in read[:2]] == [("train", 50), ("val", 125)]
-    assert found[0].keys() == {f"heads.{i}.{k}" for i in range(5) for k in ("queries", "values", "weight", "bias")}
+    heads = {f"heads.{i}.{k}" for i in range(6) for k in ("queries", "values", "weight", "bias")}
+    assert found[0].keys() == heads | {f"norm.{k}" for k in ("running_mean", "running_var", "num_batches_tracked")}
     assert all(x.equal(found[1][k]) for k, x in found[0].items())
     assert not any(x.equal(found[2][k]) for k, x in found[0].items() if k.endswith("queries"))
 

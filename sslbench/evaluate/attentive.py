@@ -5,12 +5,13 @@ that it reads them too low: MAE's ViT-B on ImageNet has 67.8 by it and 75.5 by t
 tokens x_n in R^D of an image, CLS and patches, and for each of M queries q_m in R^D:
 
     a_mn = softmax over n of (q_m . x_n / sqrt(D))        z_m = V_m sum_n a_mn x_n, V_m in R^(D/M x D)
-    logits = W [z_1; ...; z_M] + b
+    logits = W BatchNorm([z_1; ...; z_M]) + b
 
 This is the efficient probe of Psomas et al. ("Attention, Please! Revisiting Attentive Probing Through the Lens of
-Efficiency", 2025). Cross-attention with one query of M heads, as CAPI (Darcet et al. 2025) and DINOv3 read tokens, is
-the same function: the key projection of head m, transposed and times its part of the query, is one vector of R^D, q_m
-here. Values are projected after they are gathered, which is the same sum for a share 1 / N of the products.
+Efficiency", 2025) with MAE's BatchNorm, which has no affine. Cross-attention with one query of M heads, as CAPI (Darcet
+et al. 2025) reads tokens, is the same function: the key projection of head m, transposed and times its part of the
+query, is one vector of R^D, q_m here. Values are projected after they are gathered, which is the same sum for a share
+1 / N of the products.
 
 Training is CAPI's: random crops and flips, AdamW, linear warm-up and a cosine, several learning rates side by side on
 one pass of the encoder, and the best on a held-out tenth of train is what val is scored by. The encoder runs in every
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import UserError
 from ..losses import float32
 from ..recipe import Augment, Epochs, Optim, Strict
+from ..siamese import BatchNorm
 from ..views import CropScale
 from ..vit import VisionTransformer
 from .labels import LabelShare
@@ -42,7 +44,7 @@ class Attentive(Strict):
 
     protocol: Literal["attentive"]
     queries: int = Field(32, gt=0)  # M, which divides the encoder's width
-    lr: list[Rate] = Field([3e-4, 1e-3, 3e-3, 1e-2, 3e-2], min_length=1)  # the actual lr is lr x batch_size / 256
+    lr: list[Rate] = Field([3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1], min_length=1)  # x batch_size / 256
     epochs: Epochs = Field(20, gt=0)
     batch_size: int = Field(256, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -53,8 +55,13 @@ class Attentive(Strict):
     image_size: None = None  # the encoder is frozen: that of its pre-training
     labels: LabelShare = None  # a share of train's: see labels.py
     optimizer: ClassVar[str] = "adamw"
-    batch_norm: ClassVar[bool] = False
+    batch_norm: ClassVar[bool] = True
     crop_tries: ClassVar[int] = 10
+
+    @property
+    def norm_batch(self) -> int:
+        """Images that BatchNorm takes together."""
+        return self.batch_size
 
     @property
     def optim(self) -> Optim:
@@ -74,39 +81,48 @@ class Head(nn.Module):
             nn.init.trunc_normal_(tensor, std=std)
 
 
-@float32
 def gather(tokens: Tensor, queries: Tensor) -> Tensor:
-    """Tokens (B, N, D), queries (..., M, D) -> what each query gathers, (B, ..., M, D): see the module's equations."""
-    scores = torch.einsum("bnd,...md->b...mn", tokens, queries) * tokens.shape[-1] ** -0.5
-    return torch.einsum("b...mn,bnd->b...md", scores.softmax(-1), tokens)
-
-
-@float32
-def attentive_logits(tokens: Tensor, queries: Tensor, values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """L heads at once: tokens (B, N, D), queries (L, M, D), values (L, M, D / M, D), weight (L, K, D), bias (L, K) ->
-    (L, B, K)."""
-    found = torch.einsum("blmd,lmed->lbme", gather(tokens, queries), values).flatten(2)
-    return torch.einsum("lbd,lkd->lbk", found, weight) + bias[:, None]
+    """Tokens (B, N, D), queries (L, M, D) of L heads -> what each query gathers, (B, L, M, D)."""
+    scores = torch.einsum("bnd,lmd->blmn", tokens, queries) * tokens.shape[-1] ** -0.5
+    return torch.einsum("blmn,bnd->blmd", scores.softmax(-1), tokens)
 
 
 class AttentiveProbe(FrozenProbe):
     """Attentive heads with the same start, each with a learning rate of its own."""
 
-    def __init__(self, science: Attentive, encoder: VisionTransformer, augment: Augment, classes: int) -> None:
+    def __init__(
+        self,
+        science: Attentive,
+        encoder: VisionTransformer,
+        augment: Augment,
+        classes: int,
+        chunk: int | None = None,
+    ) -> None:
+        """chunk: images that the encoder takes at once; None: all of a batch."""
         super().__init__(encoder, augment, "mean_all", science.crop_tries)  # the pool of the meters alone
+        self.chunk = chunk
         dim = encoder.arch.dim
         if dim % science.queries:
             raise UserError(f"science.queries={science.queries} does not divide the encoder's width of {dim}")
         self.heads = nn.ModuleList(Head(dim, science.queries, classes) for _ in science.lr)
         for head in self.heads:  # the learning rate is all that differs
             head.load_state_dict(self.heads[0].state_dict())
+        self.norm = BatchNorm(dim * len(self.heads), affine=False, everywhere=True)
+        self.norm.eps = 1e-6
 
     def logits(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            tokens = self.encoder(images)
-        heads = [dict(head.named_parameters()) for head in self.heads]
-        stacked = {name: torch.stack([head[name] for head in heads]) for name in heads[0]}
-        return attentive_logits(tokens, **stacked)
+            tokens = torch.cat([self.encoder(x) for x in images.split(self.chunk or len(images))])
+        return self.read(tokens)
+
+    @float32
+    def read(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, D) -> (heads, B, classes), all heads at once."""
+        names = ("queries", "values", "weight", "bias")
+        queries, values, weight, bias = (torch.stack([getattr(head, n) for head in self.heads]) for n in names)
+        z = torch.einsum("blmd,lmed->blme", gather(tokens, queries), values).flatten(1)
+        z = self.norm(z).unflatten(1, (len(self.heads), -1))
+        return torch.einsum("bld,lkd->lbk", z, weight) + bias[:, None]
 
 
 class AttentiveJob(ProbeJob):
@@ -114,13 +130,14 @@ class AttentiveJob(ProbeJob):
     metric = "attentive_top1"
 
     def build(self) -> AttentiveProbe:
-        return AttentiveProbe(self.science, self.subject.encoder, self.augment(), len(self.classes))
+        chunk = self.machine.micro_batch
+        return AttentiveProbe(self.science, self.subject.encoder, self.augment(), len(self.classes), chunk)
 
     def flops_per_image(self) -> float:
         """The encoder forward, the heads forward and backward."""
         with torch.device("meta"):
             encoder = VisionTransformer(self.subject.encoder.arch, self.image_size)
-            model = AttentiveProbe(self.science, encoder, self.augment(), len(self.classes))
+            model = AttentiveProbe(self.science, encoder, self.augment(), len(self.classes)).eval()
             with FlopCounterMode(display=False) as counter:
                 model.logits(torch.zeros(2, 3, *encoder.image)).sum().backward()
         return counter.get_total_flops() / 2
