@@ -112,7 +112,7 @@ def test_heads_start_alike_and_the_encoder_stays_as_it_was():
     before = {k: v.clone() for k, v in subject.encoder.state_dict().items()}
     model = AttentiveProbe(Attentive(protocol="attentive"), subject.encoder, Augment(), 10).train()
     logits = model.logits(torch.zeros(2, 3, 16, 16))
-    assert logits.shape == (6, 2, 10) and all(x.equal(logits[0]) for x in logits) and not model.encoder.training
+    assert logits.shape == (7, 2, 10) and all(x.equal(logits[0]) for x in logits) and not model.encoder.training
     views = model.build_views(data.images[:8], torch.Generator().manual_seed(0), data.labels[:8])
     model.loss(model(views))["loss"].backward()
     assert all(p.grad is None for p in model.encoder.parameters())
@@ -159,7 +159,7 @@ def test_the_rate_is_chosen_by_a_tenth_of_train_val_is_read_once_and_the_seed_is
         found.append(load_file(run / "weights.safetensors"))
         shutil.rmtree(run)
     assert [(d.split, len(d)) for d in read[:2]] == [("train", 50), ("val", 125)]
-    heads = {f"heads.{i}.{k}" for i in range(6) for k in ("queries", "values", "weight", "bias")}
+    heads = {f"heads.{i}.{k}" for i in range(7) for k in ("queries", "values", "weight", "bias")}
     assert found[0].keys() == heads | {f"norm.{k}" for k in ("running_mean", "running_var", "num_batches_tracked")}
     assert all(x.equal(found[1][k]) for k, x in found[0].items())
     assert not any(x.equal(found[2][k]) for k, x in found[0].items() if k.endswith("queries"))

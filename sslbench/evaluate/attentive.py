@@ -44,7 +44,7 @@ class Attentive(Strict):
 
     protocol: Literal["attentive"]
     queries: int = Field(32, gt=0)  # M, which divides the encoder's width
-    lr: list[Rate] = Field([3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1], min_length=1)  # x batch_size / 256
+    lr: list[Rate] = Field([3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3], min_length=1)  # x batch_size / 256
     epochs: Epochs = Field(20, gt=0)
     batch_size: int = Field(256, gt=0)
     weight_decay: float = Field(0.0, ge=0)

@@ -181,6 +181,7 @@ def evaluate(
             ("knn_top1" if k == s.main_k else f"knn_top1_k{k}", v, {"k": k}) for k, v in by_k.items()
         ]
     else:
+        assert isinstance(s, Linprobe)
         seed = own if seed is None else seed
         chosen = list_of(train, s.labels, seed, data)
         part = slice(None) if chosen is None else chosen
