@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from sslbench import ledger
-from sslbench.data import open_split
+from sslbench.data import open_split, subset
 from sslbench.evaluate.geometry import alignment, cka, effective_rank, spread, uniformity
 from sslbench.evaluate.run import eval_recipe, protocol_of
 from sslbench.report.page import write_page
@@ -132,3 +132,9 @@ def test_another_crop_is_another_protocol_and_val_alone_is_looked_at(home):
 def test_what_is_wrong_is_said(invoke, few_images, words, says):
     done = invoke("eval", "geometry", *words)
     assert done.exit_code == 2 and says in done.stderr, done.stderr
+
+
+def test_one_image_alone_has_no_geometry(invoke, monkeypatch):
+    monkeypatch.setattr("sslbench.evaluate.describe.open_split", lambda *a: subset(open_split(*a), torch.tensor([3])))
+    done = invoke("eval", "geometry", RUN, "--data", "builtin")
+    assert done.exit_code == 2 and "val has 1 image" in done.stderr

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..data import ImageSet, open_split
 from ..data.loader import evaluation_batches, seed_of
 from ..errors import UserError
-from ..ledger import Record
 from ..provenance import Spent
 from ..recipe import digest
 from ..train.device import default_device
@@ -50,28 +49,28 @@ def describe(
     seed = subject.run.get("seed", 0) if seed is None else seed
     pool, side, workers = s.pool or subject.pool, subject.encoder.image[0], recipe.machine.workers
     x = extract(subject, val, device, workers)[pool].double()
-    views = _two_views(subject, val, s, pool, seed, device, workers)
-    condition = {"pool": pool}
-    found: list[tuple[str, tuple[Tensor, Tensor | None], dict[str, Any]]] = [
-        ("rankme", (effective_rank(x), None), condition),
-        ("effective_rank", (effective_rank(x - x.mean(0)), None), condition),
-        ("feature_std", (spread(x), None), condition),
-        ("uniformity", uniformity(x), condition),
-        ("alignment", alignment(*views), {**condition, "views": VIEWS}),
-    ]
+    found = {
+        "rankme": (effective_rank(x), None),
+        "effective_rank": (effective_rank(x - x.mean(0)), None),
+        "feature_std": (spread(x), None),
+        "uniformity": uniformity(x),
+        "alignment": alignment(*_two_views(subject, val, s, pool, seed, device, workers)),
+    }
+    conditions: dict[str, dict[str, Any]] = {"alignment": {"views": VIEWS}}
     if second:
-        y = extract(second, val, device, workers)[s.pool or second.pool].double()
-        against = {"with": origin(second), "with_sha256": second.sha256, "with_pool": s.pool or second.pool}
-        found.append(("cka", (cka(x, y), None), {**condition, **against}))
-    protocol, cost = protocol_of(recipe, pool, side, val), spent.after()
-    records = []
-    for metric, (value, error), c in found:
-        its = _with(protocol, c) if metric == "cka" else protocol
+        its_pool = s.pool or second.pool
+        found["cka"] = cka(x, extract(second, val, device, workers)[its_pool].double()), None
+        conditions["cka"] = {"with": origin(second), "with_sha256": second.sha256, "with_pool": its_pool}
+    protocol, cost, records = protocol_of(recipe, pool, side, val), spent.after(), []
+    for metric, (value, error) in found.items():
+        condition = {"pool": pool, **conditions.get(metric, {})}
+        its = _with(protocol, condition) if metric == "cka" else protocol
         stderr = None if error is None else error.item()
-        record = to_ledger(subject.facts(), metric, value.item(), val, spec, its, c, seed, side, cost, {},
-                           accuracy=False, stderr=stderr)  # fmt: skip
-        records.append(record)
-        console.print(f"{metric:16} {_said(record)}  {record.dataset}, n={record.n}, {its['name']}", markup=False)
+        r = to_ledger(subject.facts(), metric, value.item(), val, spec, its, condition, seed, side, cost, {},
+                      accuracy=False, stderr=stderr)  # fmt: skip
+        records.append(r)
+        interval = "" if stderr is None else f" +- {stderr:.3f}"
+        console.print(f"{metric:16} {r.value:8.3f}{interval}  {r.dataset}, n={r.n}, {its['name']}", markup=False)
     return records[0].model_dump(mode="json") | {"numbers": {r.metric: r.value for r in records}}
 
 
@@ -79,10 +78,6 @@ def _with(protocol: dict[str, str], c: dict[str, Any]) -> dict[str, str]:
     """CKA's protocol: with whom it is measured is part of it."""
     hash = digest([protocol["hash"], c["with_sha256"], c["with_pool"]])
     return {"name": f"{protocol['name']}_with_{c['with']}", "hash": hash}
-
-
-def _said(r: Record) -> str:
-    return f"{r.value:8.3f}" + ("" if r.stderr is None else f" +- {r.stderr:.3f}")
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..recipe import Strict
 from ..views import CropScale
 
-PAIRS = 2**24  # whose similarities are held at once: 64 MiB
+PAIRS = 2**24  # whose similarities are held at once: 64 MiB of float32
 
 
 class Geometry(Strict):
