@@ -274,8 +274,28 @@ def _eval_command(kind: str, help: str) -> None:
 
 _eval_command("knn", "Weighted k-nearest neighbours on frozen features.")
 _eval_command("linprobe", "A linear classifier on frozen features.")
+_eval_command("attentive", "Learned queries gather a frozen encoder's tokens. The same command resumes.")
 _eval_command("finetune", "Train all weights with labels. The same command again resumes an unfinished one.")
 _eval_command("robustness", "A fine-tuned model on images from elsewhere: ImageNet-A, -R, -Sketch, a folder a class.")
+
+
+@eval_app.command("geometry")
+def geometry(
+    run: Run = None,
+    other: Annotated[
+        str | None, typer.Option("--with", metavar="RUN", help="Another RUN: how alike the two are, by CKA.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Needs no labels; the run's own if left out.")] = None,
+    recipe: RecipeName = None,
+    sets: Sets = None,
+    seed: EvalSeed = None,
+    as_json: Json = False,
+) -> None:
+    """Rank, spread, uniformity and alignment of a frozen encoder's features, without labels."""
+    from .evaluate.describe import describe
+    from .evaluate.run import eval_recipe
+
+    answer(as_json, describe(eval_recipe("geometry", recipe, sets or []), run, other, data, seed, console(as_json)))
 
 
 def _transfer_command(kind: str, help: str) -> None:

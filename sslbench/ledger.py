@@ -23,11 +23,12 @@ from .paths import home
 from .right import keep
 
 Scale = Literal["tiny", "cifar", "paper"]
-METRICS = r"(knn|linprobe|finetune|knn_held_out)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"
+PERCENT = r"(knn|linprobe|attentive|finetune|knn_held_out)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"
+GEOMETRY = ("rankme", "effective_rank", "feature_std", "uniformity", "alignment", "cka")  # numbers without a unit
 
 
 def _known(metric: str) -> str:
-    if not re.fullmatch(METRICS, metric):
+    if metric not in GEOMETRY and not re.fullmatch(PERCENT, metric):
         raise ValueError(f"'{metric}' is no metric of this suite")
     return metric
 
@@ -70,7 +71,7 @@ class Pretrain(Part):
 
 
 class Record(Part):
-    """One number. Accuracies are percentages; stderr is over the n test images.
+    """One number. Accuracies are percentages, what GEOMETRY lists has no unit; stderr is over the n test images.
 
     `code`, `versions` and `hardware` are the evaluation's, `pretrain` has those of the pre-training. `cost` is of both
     together, `pretrain.cost` the pre-training's share. `weights_sha256` is of the encoder as it was pre-trained,
@@ -153,7 +154,8 @@ class Measurement:
     encoder: dict[str, Any]  # `Subject.facts`: where it comes from, and what it cost
     spent: dict[str, Any]  # on the evaluation, as `Spent.after` tells it
     trained: dict[str, Any] = field(default_factory=dict)  # run.json of what the evaluation trained, if it did
-    accuracy: bool = True  # a share of the images, which has a binomial standard error; others have none here
+    accuracy: bool = True  # a share of the images, which has a binomial standard error; others have `stderr`
+    stderr: float | None = None
     scale: Scale | None = None  # None: what data and image_size say
     tuning: dict[str, Any] | None = None  # what it took to choose the settings of the pre-training
 
@@ -169,7 +171,7 @@ def to_ledger(m: Measurement) -> Record:
             "metric": m.metric,
             "dataset": data_name(m.data),
             "value": value,
-            "stderr": accuracy_stderr(value, len(m.images)) if m.accuracy else None,
+            "stderr": accuracy_stderr(value, len(m.images)) if m.accuracy else m.stderr,
             "n": len(m.images),
             **{k: m.encoder[k] for k in ("method", "preset", "arch")},
             "pretrain": {**m.encoder["pretrain"], "cost": pretraining},

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from .draws import rand
@@ -25,21 +25,24 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 VIEW = 2  # of evaluation's view. 1 enlarged what is no larger than the view to a square, and cropped beyond 224 pixels
 
 
+def _ordered(scale: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError("expected (low, high) with 0 < low <= high <= 1")
+    return scale
+
+
+CropScale = Annotated[tuple[float, float], AfterValidator(_ordered)]  # shares of an image's area
+
+
 class Augment(Strict):
     """How a crop of an image becomes a view. Defaults: MAE's pre-training (crop (.2, 1), flip, ImageNet statistics)."""
 
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: CropScale = (0.2, 1.0)
     # Of crops. The default is not part of the hash: it was the rule before it was a key.
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", exclude_if=lambda kernel: kernel == "bicubic")
     flip: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Augment:
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError("crop_scale must be (low, high) with 0 < low <= high <= 1")
-        return self
 
 
 def crop_boxes(

@@ -28,6 +28,7 @@ QUICKER = {
         "science.data.image_size=16",
     ],
     ("sslbench", "eval", "finetune"): ["--recipe", "finetune_smoke", "--set", "science.batch_size=500"],
+    ("sslbench", "eval", "attentive"): ["--set", "science.epochs=1"],
     ("sslbench", "bench", "ocl", "mae", "--seconds", "2"): [
         "--arch",
         "vit_mini4",

@@ -90,6 +90,7 @@ DECODES = {  # fine-tuning is the one whose model draws too: which paths it drop
                  "--set", "science.drop_path=0.5"],
     "linprobe": ["eval", "linprobe", "untrained:vit_mini4@16", "--recipe", "linprobe_mae",
                  "--set", "science.warmup_epochs=0"],
+    "attentive": ["eval", "attentive", "untrained:vit_mini4@16", "--set", "science.warmup_epochs=0"],
 }  # fmt: skip
 
 

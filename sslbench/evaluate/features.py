@@ -110,6 +110,11 @@ def _with_start(cost: dict[str, Any], init: dict[str, Any] | None) -> dict[str, 
     return both | {k: cost[k] if both[k] is None else both[k] for k in ("wall_s", "device_hours")}
 
 
+def origin(subject: Subject) -> str:
+    """What a subject is called by: its run's name, else as it was asked for."""
+    return subject.path.parent.name if subject.run and subject.path else subject.name
+
+
 def newest_run(root: Path | None = None) -> Path:
     """The pre-training that finished last."""
     finished = [

@@ -35,6 +35,7 @@ from ..views import cut_out, normalise, one_view
 from ..vit import VisionTransformer, get_arch, parts_of, pool_tokens, resample_positions
 from .features import Subject, read_safetensors
 from .job import LabelledJob
+from .labels import LabelShare
 
 HEAD_STD = 2e-5  # of the head's initial weights
 
@@ -72,6 +73,7 @@ class Finetune(Strict):
     mix_p: float = Field(1.0, ge=0, le=1)
     mix_switch: float = Field(0.5, ge=0, le=1)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    labels: LabelShare = None  # a share of train's: see labels.py
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_used(self, tree: SerializerFunctionWrapHandler) -> dict[str, Any]:

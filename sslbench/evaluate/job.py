@@ -10,11 +10,12 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from ..data import ImageSet, data_name
+from ..data import ImageSet, data_name, subset
 from ..files import digest
 from ..recipe import Batch
 from ..train.job import Job
-from .features import Subject, view_of
+from .features import Subject, origin, view_of
+from .labels import list_facts, list_of, protocol_name
 
 
 def protocol_hash(science: BaseModel, pool: str, image_size: tuple[int, ...], view: dict[str, int]) -> str:
@@ -50,11 +51,14 @@ class LabelledJob(Job):
         self.image_size, self.crop_scale = s.image_size or subject.encoder.image[0], s.crop_scale
         view = view_of(self.image_size, train, *([] if val is None else [val]))
         hash = protocol_hash(s, pool, (self.image_size, self.image_size), view)
-        self.protocol = {"name": f"{recipe.name}_{pool}", "hash": hash}
+        self.protocol = {"name": protocol_name(recipe, pool), "hash": hash}
+        chosen = list_of(train, s.labels, seed, spec)
+        self.labelled_part = list_facts(train, s.labels, chosen)
+        if chosen is not None:
+            self.train = train = subset(train, chosen)
         hash = digest([self.protocol["hash"], subject.sha256, data_name(spec), train.fingerprint])
         self.identity = {"arch": subject.arch, "recipe_hash": hash, "seed": seed}
-        origin = subject.path.parent.name if subject.run and subject.path else subject.name
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", origin)
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", origin(subject))
         self.folder_name = f"{self.kind}_{stem}_{data_name(spec)}_{hash[:8]}" + (f"_s{seed}" if seed else "")
 
     def batch(self) -> Batch:

@@ -29,6 +29,7 @@ from ..views import normalise, one_view
 from ..vit import VisionTransformer
 from .features import Subject, read_safetensors
 from .job import LabelledJob
+from .labels import LabelShare
 
 Rate = Annotated[float, Field(gt=0)]
 HELD_OUT = 0.1  # of train, to choose a learning rate by
@@ -54,6 +55,7 @@ class AugmentedProbe(Strict):
     flip: bool = True
     head_std: float = Field(0.01, gt=0)
     image_size: None = None  # the encoder is frozen: that of its pre-training
+    labels: LabelShare = None  # a share of train's: see labels.py
 
     @property
     def optim(self) -> Optim:
@@ -62,37 +64,18 @@ class AugmentedProbe(Strict):
         return Optim(lr=base, warmup_epochs=self.warmup_epochs, weight_decay=self.weight_decay)
 
 
-class Probe(Method):
-    """Linear heads on one frozen encoder; their losses add up, and since they share nothing, each learns alone."""
+class FrozenProbe(Method):
+    """Heads on one frozen encoder; their losses add up, and since they share nothing, each learns alone."""
 
-    def __init__(
-        self,
-        science: AugmentedProbe,
-        encoder: VisionTransformer,
-        augment: Augment,
-        classes: int,
-        pool: str,
-        chunk: int | None = None,
-    ) -> None:
-        """chunk: images that the encoder takes at once; None: all of a batch."""
+    heads: nn.ModuleList
+
+    def __init__(self, encoder: VisionTransformer, augment: Augment, pool: str, crop_tries: int) -> None:
         super().__init__(None, encoder, augment)
-        self.chunk = chunk
         self.pool = pool  # type: ignore[misc]
-        self.crop_tries = science.crop_tries
+        self.crop_tries = crop_tries
         encoder.requires_grad_(False)
-        dim = encoder.arch.dim
-        self.norm: nn.Module = nn.Identity()
-        if science.batch_norm:
-            self.norm = BatchNorm(dim, affine=False, everywhere=True)
-            self.norm.eps = 1e-6
-        self.heads = nn.ModuleList(nn.Linear(dim, classes) for _ in science.lr)
-        first = torch.empty(classes, dim)
-        nn.init.trunc_normal_(first, std=science.head_std)
-        for head in self.heads:  # the same start: the learning rate is all that differs
-            head.weight.data.copy_(first)  # type: ignore[operator, union-attr]
-            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
 
-    def train(self, mode: bool = True) -> Probe:
+    def train(self, mode: bool = True) -> FrozenProbe:
         super().train(mode)
         self.encoder.eval()
         return self
@@ -109,10 +92,7 @@ class Probe(Method):
 
     def logits(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> (heads, B, classes)."""
-        with torch.no_grad():
-            parts = [self.encoder.feature(self.encoder(x), self.pool) for x in images.split(self.chunk or len(images))]
-        feature = self.norm(torch.cat(parts).float())
-        return torch.stack([head(feature) for head in self.heads])
+        raise NotImplementedError
 
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.autocast(outputs["logits"].device.type, enabled=False):
@@ -121,22 +101,60 @@ class Probe(Method):
             }
 
 
+class Probe(FrozenProbe):
+    """Linear heads, each with a learning rate of its own."""
+
+    def __init__(
+        self,
+        science: AugmentedProbe,
+        encoder: VisionTransformer,
+        augment: Augment,
+        classes: int,
+        pool: str,
+        chunk: int | None = None,
+    ) -> None:
+        """chunk: images that the encoder takes at once; None: all of a batch."""
+        super().__init__(encoder, augment, pool, science.crop_tries)
+        self.chunk = chunk
+        dim = encoder.arch.dim
+        self.norm: nn.Module = nn.Identity()
+        if science.batch_norm:
+            self.norm = BatchNorm(dim, affine=False, everywhere=True)
+            self.norm.eps = 1e-6
+        self.heads = nn.ModuleList(nn.Linear(dim, classes) for _ in science.lr)
+        first = torch.empty(classes, dim)
+        nn.init.trunc_normal_(first, std=science.head_std)
+        for head in self.heads:  # the same start: the learning rate is all that differs
+            head.weight.data.copy_(first)  # type: ignore[operator, union-attr]
+            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+
+    def logits(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = [self.encoder.feature(self.encoder(x), self.pool) for x in images.split(self.chunk or len(images))]
+        feature = self.norm(torch.cat(parts).float())
+        return torch.stack([head(feature) for head in self.heads])
+
+
 class ProbeJob(LabelledJob):
     kind = "linprobe"
     metric = "linprobe_top1"
 
     def __init__(self, recipe: Any, subject: Subject, spec: str, train: ImageSet, *about: Any) -> None:
         super().__init__(recipe, subject, spec, train, *about)
+        train = self.train
         self.classes, self.crop_tries = train.classes, self.science.crop_tries
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of("held out", self.seed)))
         held = max(1, round(HELD_OUT * len(train))) if len(self.science.lr) > 1 else 0
         self.select = subset(train, order[:held]) if held else None
         self.train = subset(train, order[held:].sort().values) if held else train
 
-    def build(self) -> Probe:
+    def augment(self) -> Augment:
         s, subject = self.science, self.subject
-        augment = Augment(crop_scale=s.crop_scale, flip=s.flip, mean=subject.mean, std=subject.std)  # type: ignore[arg-type]
-        return Probe(s, subject.encoder, augment, len(self.classes), self.pool, self.machine.micro_batch)
+        return Augment(crop_scale=s.crop_scale, flip=s.flip, mean=subject.mean, std=subject.std)  # type: ignore[arg-type]
+
+    def build(self) -> FrozenProbe:
+        chunk = self.machine.micro_batch
+        return Probe(self.science, self.subject.encoder, self.augment(), len(self.classes), self.pool, chunk)
 
     def batch(self) -> Batch:
         """With BatchNorm, in parts of what it takes together on any machine; the encoder's passes may be smaller."""
@@ -152,7 +170,7 @@ class ProbeJob(LabelledJob):
         return Batch.divide(s.batch_size, self.machine.model_copy(update={"micro_batch": together // world}))
 
     def optimizer(self, method: Method) -> torch.optim.Optimizer:
-        assert isinstance(method, Probe)
+        assert isinstance(method, FrozenProbe)
         s = self.science
         groups = [
             {"params": list(head.parameters()), "lr_scale": lr / s.lr[0]}
@@ -185,7 +203,7 @@ class ProbeJob(LabelledJob):
 
 
 @torch.inference_mode()
-def _right(model: Probe, data: ImageSet, device: torch.device, workers: int) -> Tensor:
+def _right(model: FrozenProbe, data: ImageSet, device: torch.device, workers: int) -> Tensor:
     """(heads, N) booleans: which images each head has right."""
     assert data.labels is not None
     answers = [

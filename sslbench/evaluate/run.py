@@ -26,9 +26,12 @@ from ..strict import Strict, validate
 from ..train.launch import launched, leave_the_others, leave_to_first
 from ..train.loop import fit
 from ..train.run import read_run
+from ..views import CropScale
+from .attentive import Attentive, AttentiveJob
 from .features import Subject, contents, extract, find_weights, fine_tuned, newest_run, open_subject, view_of
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
 from .job import LabelledJob, protocol_hash
+from .labels import LabelShare, list_facts, list_of, protocol_name
 from .linprobe import linear_right
 from .probe import AugmentedProbe, ProbeJob, Rate
 from .told import NOTHING, PUBLIC, Told
@@ -56,6 +59,7 @@ class Linprobe(Strict):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     pool: Literal["cls", "mean", "mean_all"] | None = None
+    labels: LabelShare = None  # a share of train's: see labels.py
 
 
 class Robustness(Strict):
@@ -65,9 +69,23 @@ class Robustness(Strict):
     finetune: str | None = Field(None, exclude=True)
 
 
+class Geometry(Strict):
+    """Of features without labels: see describe.py. The crops are those of alignment's two views, alike for all."""
+
+    protocol: Literal["geometry"]
+    pool: Literal["cls", "mean", "mean_all"] | None = None  # None: the method's own
+    crop_scale: CropScale = (0.2, 1.0)  # of the evaluation view
+    flip: bool = True
+
+
+TRAINED = Finetune | AugmentedProbe | Attentive  # by the loop, in a run folder of its own
+
+
 class EvalRecipe(Strict):
     name: str
-    science: Knn | HeldOutKnn | Linprobe | AugmentedProbe | Finetune | Robustness = Field(discriminator="protocol")
+    science: Knn | HeldOutKnn | Linprobe | AugmentedProbe | Attentive | Finetune | Robustness | Geometry = Field(
+        discriminator="protocol"
+    )
     machine: Machine = Machine()
 
 
@@ -88,7 +106,7 @@ def protocol_of(recipe: EvalRecipe, pool: str, side: int, *sets: ImageSet) -> di
     s = recipe.science
     assert not isinstance(s, Robustness)
     pool, side = s.pool or pool, getattr(s, "image_size", None) or side
-    return {"name": f"{recipe.name}_{pool}", "hash": protocol_hash(s, pool, (side, side), view_of(side, *sets))}
+    return {"name": protocol_name(recipe, pool), "hash": protocol_hash(s, pool, (side, side), view_of(side, *sets))}
 
 
 def evaluate_named(
@@ -105,7 +123,7 @@ def evaluate_named(
     told: what RUN is, where it is public weights.
     """
     protocol = recipe.science.protocol
-    if not isinstance(recipe.science, Finetune | AugmentedProbe):
+    if not isinstance(recipe.science, TRAINED):
         leave_to_first()
     if isinstance(recipe.science, Robustness):
         if told:
@@ -159,29 +177,35 @@ def evaluate(
     device = default_device()
     spent = Spent(device.type)
     s = recipe.science
-    trains = isinstance(s, Finetune | AugmentedProbe)
+    trains = isinstance(s, TRAINED)
     subject = open_subject(run, seed or 0, None if trains else image_size, told)
     if note := subject.note():
         console.print(note, markup=False)
-    if isinstance(s, Finetune | AugmentedProbe):
+    if isinstance(s, TRAINED):
         return [_train_and_score(recipe, subject, data, seed, console, tuning)]
     data, train, val = _splits(subject, data)
     pool = subject.pool_of(s.pool)
     features = {d.split: extract(subject, d, device, recipe.machine.workers)[pool] for d in (train, val)}
     assert train.labels is not None and val.labels is not None
-    arrays = features["train"], train.labels, features["val"], val.labels
     own = subject.run.get("seed", seed or 0)
     if isinstance(s, Knn):
         seed = own
+        arrays = features["train"], train.labels, features["val"], val.labels
         ks = [s.main_k, *(k for k in s.k if k != s.main_k)]
         by_k = knn_right(*arrays, ks, s.temperature, device=device)
         values: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
             ("knn_top1" if k == s.main_k else f"knn_top1_k{k}", v, {"k": k}) for k, v in by_k.items()
         ]
     else:
+        assert isinstance(s, Linprobe)
         seed = own if seed is None else seed
+        chosen = list_of(train, s.labels, seed, data)
+        part = slice(None) if chosen is None else chosen
         right, lr = linear_right(
-            *arrays,
+            features["train"][part],
+            train.labels[part],
+            features["val"],
+            val.labels,
             lrs=s.lr,
             epochs=s.epochs,
             batch_size=s.batch_size,
@@ -189,7 +213,7 @@ def evaluate(
             weight_decay=s.weight_decay,
             seed=seed,
         )
-        values = [("linprobe_top1", right, {"lr": lr})]
+        values = [("linprobe_top1", right, {"lr": lr, **list_facts(train, s.labels, chosen)})]
     side, cost = subject.encoder.image[0], spent.after()
     protocol = protocol_of(recipe, pool, side, train, val)
     encoder = subject.facts()
@@ -264,8 +288,9 @@ def _train_and_score(
     s = recipe.science
     spec, train, val = _splits(subject, data)
     seed = subject.run.get("seed", 0) if seed is None else seed
-    kind = FinetuneJob if isinstance(s, Finetune) else ProbeJob
-    pool = subject.pool_of(s.pool)  # type: ignore[union-attr]
+    assert isinstance(s, TRAINED)
+    pool = s.pool if isinstance(s, Attentive) else subject.pool_of(s.pool)
+    kind = FinetuneJob if isinstance(s, Finetune) else AttentiveJob if isinstance(s, Attentive) else ProbeJob
     job: LabelledJob = kind(recipe, subject, spec, train, pool, seed, val)
     folder = home() / "runs" / job.folder_name
     fit(job, folder, console)
@@ -282,7 +307,8 @@ def _train_and_score(
     check_weights(weights, info)
     info |= hashes(weights)
     right, more = job.score(weights, val, device)
-    condition, cost = {"pool": job.pool, **more, "eval_run": folder.name}, spent.after(info["cost"])
+    condition = {"pool": job.pool, **more, **job.labelled_part, "eval_run": folder.name}
+    cost = spent.after(info["cost"])
     record = to_ledger(
         Measurement(
             metric=job.metric,

@@ -18,8 +18,8 @@ from .equal import EQUAL, alone, equal
 from .papers import PaperTable
 from .provenance import provenance
 from .results import Result
-from .tables import Cell, Row, Table, summary
-from .text import BESIDE, COST_HEADS, DEVIATE, DISAGREE, FIGURES, NOTHING, Content, cost, missing_text
+from .tables import Cell, Row, Table, is_unitless, summary
+from .text import BESIDE, COST_HEADS, DEVIATE, DISAGREE, FIGURES, NOTHING, UNITLESS, Content, cost, missing_text
 
 DRAWN = {  # the figures of a table of measured numbers
     "accuracy": "Accuracy by protocol",
@@ -211,6 +211,6 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.filters |= {f.__name__: f for f in (alone, cost, hover, ids, settings, share, slug, unbroken)}
+TEMPLATES.filters |= {f.__name__: f for f in (alone, cost, hover, ids, is_unitless, settings, share, slug, unbroken)}
 TEMPLATES.filters |= {"compared": studies.compared, "more": studies.more}
-TEMPLATES.globals |= {"COST_HEADS": COST_HEADS, "PAIRWISE": studies.PAIRWISE}
+TEMPLATES.globals |= {"COST_HEADS": COST_HEADS, "UNITLESS": UNITLESS, "PAIRWISE": studies.PAIRWISE}

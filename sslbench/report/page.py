@@ -12,7 +12,7 @@ from rich.console import Console
 from .. import ledger
 from ..errors import UserError, nearest
 from ..files import write_atomically
-from ..ledger import Record
+from ..ledger import GEOMETRY, Record
 from ..paths import home
 from ..study.printed import paper_tables
 from . import figures, html, studies
@@ -97,8 +97,9 @@ def _content(
     beside = [reported_beside_measured(name, records) for name in alone or paper_tables()] if papers else []
     if alone:
         return Content(title, notes, [], [], beside, True, shown)
-    others = tuple({r.metric for r in records} - {*MAIN_METRICS})
-    content = Content(title, notes, tables(records), tables(records, others), beside, False, shown)
+    others = tuple({r.metric for r in records} - {*MAIN_METRICS, *GEOMETRY})
+    other = tables(records, others) + tables(records, GEOMETRY)
+    content = Content(title, notes, tables(records), other, beside, False, shown)
     if papers:
         content.figures = paper_figures(content.main)
         content.disagreements, content.deviations = disagreements(), deviations()

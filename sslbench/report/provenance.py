@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..evaluate.told import PUBLIC
-from ..ledger import Cost, Record
+from ..ledger import GEOMETRY, Cost, Record
+from .tables import form_of
 
 
 @dataclass
@@ -68,7 +69,8 @@ def _reading_order(r: Record) -> tuple[str, ...]:
 
 def _title(r: Record) -> str:
     by = "" if r.seed == r.run_seed else f", evaluated by seed {r.seed}"
-    return f"{r.protocol.name} {r.metric}: {r.value:.1f} %, {r.dataset}, seed {r.run_seed}{by}"
+    value = f"{r.value:{form_of(r.metric)}}{unit_of(r)}"
+    return f"{r.protocol.name} {r.metric}: {value}, {r.dataset}, seed {r.run_seed}{by}"
 
 
 def _run(r: Record) -> dict[str, str]:
@@ -89,13 +91,17 @@ def _run(r: Record) -> dict[str, str]:
 def _number(r: Record) -> dict[str, str]:
     error = "standard error unknown" if r.stderr is None else f"standard error {r.stderr:.2f}"
     facts = {
-        "number": f"{r.metric} {r.value:.2f} %, {error}, n = {r.n}",
+        "number": f"{r.metric} {r.value:.2f}{unit_of(r)}, {error}, n = {r.n}",
         "test images": f"{r.dataset}, fingerprint {r.data_fingerprint}",
         "protocol": f"{r.protocol.name} {r.protocol.hash}",
         "cost": _spent(r.cost),
         "when": r.created,
     }
     return facts | ({"trained on top": r.head_sha256} if r.head_sha256 else {})
+
+
+def unit_of(r: Record) -> str:
+    return "" if r.metric in GEOMETRY else " %"
 
 
 def _commit(code: dict[str, Any]) -> str:

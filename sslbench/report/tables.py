@@ -10,13 +10,13 @@ from statistics import fmean
 from typing import Any
 
 from ..evaluate.told import PUBLIC
-from ..ledger import Record
+from ..ledger import GEOMETRY, Record
 from ..stats import mean_interval
 
-MAIN_METRICS = ("knn_top1", "linprobe_top1", "finetune_top1")
+MAIN_METRICS = ("knn_top1", "linprobe_top1", "attentive_top1", "finetune_top1")
 UNTRAINED = "untrained"
 SCALES = ("paper", "cifar", "tiny")  # in the order of the page
-WORDS = {"knn": "k-NN", "linprobe": "linear", "finetune": "fine-tuning"}
+WORDS = {"knn": "k-NN", "linprobe": "linear", "attentive": "attentive", "finetune": "fine-tuning"}
 
 Column = tuple[str, str, str]  # protocol name, metric, protocol hash
 RowKey = tuple[bool, str, float, str, str]  # trained?, method, epochs, preset, recipe hash
@@ -45,7 +45,21 @@ class Cell:
         return sorted({r.seed if self.over == "evaluation seeds" else r.run_seed for r in self.records})
 
     def __str__(self) -> str:
-        return f"{self.value:.1f}" if self.half is None else f"{self.value:.1f} ± {self.half:.1f}"
+        form = self._form
+        return f"{self.value:{form}}" if self.half is None else f"{self.value:{form}} ± {self.half:{form}}"
+
+    def gain_text(self) -> str:
+        """` (+1.2)`, or nothing where there is no gain."""
+        return "" if self.gain is None else f" ({self.gain:+z{self._form}})"
+
+    @property
+    def _form(self) -> str:
+        return form_of(self.records[0].metric)
+
+
+def form_of(metric: str) -> str:
+    """How its numbers are written: percentages to a tenth, those without a unit to a hundredth."""
+    return ".2f" if metric in GEOMETRY else ".1f"
 
 
 @dataclass
@@ -112,6 +126,11 @@ class Table:
     @property
     def base(self) -> Row | None:
         return next((row for row in self.rows if row.method == UNTRAINED), None)
+
+
+def is_unitless(table: Table) -> bool:
+    """Whether its numbers are no percentages."""
+    return table.rows[0].first.metric in GEOMETRY
 
 
 def newest(records: list[Record]) -> list[Record]:

@@ -21,6 +21,12 @@ HOW = (
     "are several, of the pre-training or, of one, of the evaluation, else over the test images (binomial). In brackets "
     "the difference to the untrained ViT."
 )
+UNITLESS = (
+    "Of the features of val, without labels, and without a unit: RankMe and the effective rank of centred features (at "
+    "most their width), their spread (0 in collapse, 1 over the sphere), uniformity (0 in collapse, else lower), "
+    "alignment of two random crops (0: crops do not matter), and CKA with another encoder (1: alike). Intervals are "
+    "over seeds, else over images where that is known."
+)
 BESIDE = (
     "As printed; `-` where the paper prints no number. After the bar, what was measured by the recipe and the protocol "
     "that `sslbench report --missing` names for this number, mean over seeds, and in brackets its difference to the "
@@ -45,7 +51,7 @@ class Content:
     title: str
     notes: list[str]
     main: list[Table]
-    other: list[Table]  # of metrics that are not the usual three
+    other: list[Table]  # of metrics that are not the usual ones; those without a unit apart from percentages
     beside: list[PaperTable]
     alone: bool  # nothing but `beside`
     studies: list[Result] = field(default_factory=list)
@@ -75,9 +81,7 @@ COST_HEADS = ["epochs", "images", "wall s", "TFLOP"]
 
 
 def cell_text(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    return f"{cell} ({cell.gain:+z.1f})" if cell.gain is not None else str(cell)
+    return "" if cell is None else f"{cell}{cell.gain_text()}"
 
 
 # ------------------------------------------------------------------------------------------------------------ Markdown

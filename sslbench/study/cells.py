@@ -155,7 +155,7 @@ def _untrained(level: Level, rows: list[ResolvedRow], seed: int) -> list[Cell]:
     """An untrained ViT of each shape that the rows have, measured by what needs no training."""
     cells = []
     for row in _shapes(rows):
-        frozen = [e for e in row.evaluations if e.protocol in ("knn", "linprobe") and e.budgets is None]
+        frozen = [e for e in row.evaluations if e.protocol in ("knn", "linprobe", "attentive") and e.budgets is None]
         measures = measures_of(frozen, row.recipe, level.eval_data, None)
         cells.append(Cell(UNTRAINED, "", seed, None, _untrained_run(row), measures))
     return cells
@@ -171,7 +171,7 @@ def from_scratch(level: Level, rows: list[ResolvedRow], budget: Budget, seed: in
             assert isinstance(m.recipe, EvalRecipe) and m.data is not None
             train, val = open_both(m.data)
             job = FinetuneJob(m.recipe, open_subject(run, seed), m.data, train, m.pool, seed, val)
-            an_epoch = job.flops_per_image() * (len(train) // job.batch_size * job.batch_size)
+            an_epoch = job.flops_per_image() * (len(job.train) // job.batch_size * job.batch_size)
             m.recipe = m.recipe.model_copy(deep=True)
             assert isinstance(m.recipe.science, Finetune)
             share = m.recipe.science.optim.warmup_epochs / m.recipe.science.epochs

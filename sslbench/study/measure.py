@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..data import ImageSet, open_both, open_split, open_test
 from ..evaluate.features import view_of
+from ..evaluate.labels import protocol_name
 from ..evaluate.run import EvalRecipe, Robustness, eval_recipe, evaluate, protocol_of, robustness_hash
 from ..ledger import Record, checked
 from ..method import get_method
@@ -142,7 +143,7 @@ def measure(protocol: EvalRecipe, recipe: Recipe, labelled: str, trained: str | 
         tuned = measure(eval_recipe("finetune", s.finetune), recipe, trained or recipe.science.data.spec)
         return Measure(f"{protocol.name}_{labelled.rpartition('/')[2]}", protocol, labelled, "", side, tuned)
     pool = s.pool or get_method(recipe.method).pool
-    return Measure(f"{protocol.name}_{pool}", protocol, labelled, pool, side)
+    return Measure(protocol_name(protocol, pool), protocol, labelled, pool, side)
 
 
 def _of_kind(recipe: Recipe, protocol: str) -> str | None:

@@ -26,7 +26,7 @@ TRIAL_SEED = 10**6  # of tuning; final runs have smaller ones
 class Evaluation(Strict):
     """What a trained row is measured by: `sslbench eval PROTOCOL`, or `sslbench transfer PROTOCOL`."""
 
-    protocol: Literal["knn", "linprobe", "finetune", "robustness", "coco", "ade20k"]
+    protocol: Literal["knn", "linprobe", "attentive", "finetune", "robustness", "coco", "ade20k"]
     recipe: str | None = None  # None: the protocol's own
     pool: Pool | list[Pool] | None = None  # each of several is a number; None: the recipe's
     data: str | None = None  # None: the labels of the data that was trained on

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..data import ImageSet
 from ..data.loader import evaluation_sample
+from ..geometry import effective_rank, spread, uniformity
 from ..method import Method
 from ..views import normalise
 from ..vit import VisionTransformer, pool_tokens
@@ -69,20 +69,10 @@ class CollapseMeters:
 
 
 def collapse(features: Tensor) -> dict[str, Tensor]:
-    """Reduce features (N, D) to numbers that fall, or for uniformity rise to 0, as all images come to look the same.
-
-    feature_std: of unit features, the standard deviation over images, mean over channels, times sqrt(D): 1 where they
-    spread over the sphere, 0 in collapse (Chen and He 2021, section 4.1). effective_rank: exponential of the entropy of
-    the centred features' normalised singular values (Roy and Vetterli 2007), at most min(N, D). uniformity: log of
-    the mean over pairs of exp(-2 x squared distance) of unit features (Wang and Isola 2020, Eq. 5), 0 in collapse.
-    """
-    unit = F.normalize(features, dim=1)
-    singular = torch.linalg.svdvals(features - features.mean(0))
-    share = singular / singular.sum().clamp_min(1e-30)
-    entropy = -(share * share.clamp_min(1e-30).log()).sum()
-    distances = torch.pdist(unit)
+    """Of features (N, D): three numbers that fall, or for uniformity rise to 0, as all images come to look the same.
+    See geometry.py."""
     return {
-        "feature_std": unit.std(0).mean() * unit.shape[1] ** 0.5,
-        "effective_rank": entropy.exp(),
-        "uniformity": (-2 * distances**2).exp().mean().log(),
+        "feature_std": spread(features),
+        "effective_rank": effective_rank(features - features.mean(0)),
+        "uniformity": uniformity(features)[0],
     }
