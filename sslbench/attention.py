@@ -88,7 +88,7 @@ def watch(encoder: VisionTransformer, images: Tensor) -> tuple[list[Seen], Tenso
         x_normed = block.norm1(x)
         q, k, v = (split_heads(t, block.attn.num_heads) for t in block.attn.qkv(x_normed).chunk(3, dim=-1))
         scores = q @ k.transpose(-2, -1) * block.attn.scale
-        attention = (scores if (bias := block.bias()) is None else scores + bias).softmax(-1)
+        attention = (scores if (bias := block.position_bias()) is None else scores + bias).softmax(-1)
         mixed = merge_heads(attention @ v)
         attended = block.attn.proj(mixed)
         middle = x + attended

@@ -222,7 +222,7 @@ class Block(timm_vit.Block):
         super().__init__(dim, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
         self.relative: RelativeTable | None = None
 
-    def bias(self, rows: slice | None = None) -> Tensor | None:
+    def position_bias(self, rows: slice | None = None) -> Tensor | None:
         """Of the scores, (1, heads, T, T), its `rows`; None where the block has no relative positions."""
         return None if self.relative is None else self.relative()[:, :, rows or slice(None)]
 
@@ -241,7 +241,7 @@ class Block(timm_vit.Block):
             k, v = F.linear(y, attn.qkv.weight[d:], attn.qkv.bias[d:]).chunk(2, dim=-1)
             x = x[:, rows]
         q, k, v = (split_heads(t, attn.num_heads) for t in (q, k, v))
-        y = attention(q, k, v, self.bias(rows))
+        y = attention(q, k, v, self.position_bias(rows))
         x = x + self.drop_path1(attn.proj(y.transpose(1, 2).flatten(2)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -358,12 +358,12 @@ class VisionTransformer(nn.Module):
             q, k, v = (split_heads(t, attn.num_heads) for t in attn.qkv(block.norm1(tokens)).chunk(3, dim=-1))
             if i in layers:
                 scores = (q[:, :, :1] * (attn.scale * scale)) @ k.transpose(-2, -1)
-                if (bias := block.bias(slice(0, 1))) is not None:
+                if (bias := block.position_bias(slice(0, 1))) is not None:
                     scores = scores + scale * bias
                 scores = scores.softmax(-1) if softmax else scores
                 rows.append(scores.mean(1)[:, 0, 1 : scores.shape[-1] - self.parts.registers].float())
             if i < max(layers):
-                tokens = tokens + attn.proj(attention(q, k, v, block.bias()).transpose(1, 2).flatten(2))
+                tokens = tokens + attn.proj(attention(q, k, v, block.position_bias()).transpose(1, 2).flatten(2))
                 tokens = tokens + block.mlp(block.norm2(tokens))
         return torch.stack(rows, 1)
 
