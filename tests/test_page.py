@@ -8,6 +8,7 @@ import subprocess
 import pytest
 from test_report import fields, quickstart_records, records
 
+from sslbench.report.html import inline
 from sslbench.report.page import write_page
 
 # What stands in the page itself: drawings have ids of their own.
@@ -56,6 +57,17 @@ def test_a_papers_table_opens_with_how_much_of_it_is_measured(whole):
     page, _ = whole
     assert 'none">0 of 14 measured</b> ocl_t6' in page and 'none">none to measure</b> ocl_t1' in page
     assert "<details open><summary><b" not in page
+
+
+def test_a_drawing_within_the_page_does_not_change_with_the_last_digits_of_its_layout():
+    """Two drawings of one table, as matplotlib wrote them: but for the names of what clips they are the same."""
+    shape = '<clipPath id="{0}">\n   <rect x="32.3" y="{1}"/>\n  </clipPath>'
+    svg = '<?xml?>\n<svg>\n <g id="axes_1" clip-path="url(#{0})"/><defs>' + shape + "</defs></svg>"
+    one, again, other = (
+        inline(svg.format(*of).encode()) for of in (("p2856b7bac4", 15), ("p434a13395e", 15), ("p1", 9))
+    )
+    assert one == again != other and "axes_1" not in one
+    assert re.findall(r"#(\w+)", one) == re.findall(r'id="(\w+)"', one) != []
 
 
 def test_every_figure_says_what_it_shows_to_those_who_do_not_see_it(whole):

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..files import digest
 from ..ledger import Record
 from ..study.printed import PAPERS
 from . import milestones, studies
@@ -172,9 +173,14 @@ def slug(title: str) -> str:
 
 def inline(svg: bytes) -> Markup:
     """A drawing within the page: without its head, its indents, and the ids that nothing in it points to, which another
-    drawing has too."""
+    drawing has too.
+
+    What clips is named by what it is: matplotlib names it by floats whose last digits differ from layout to layout.
+    """
     text = svg.decode()
     text = re.sub(r"\n\s+", "\n", text[text.index("<svg") :])
+    for id, shape in re.findall(r'<clipPath id="(\w+)">(.*?)</clipPath>', text, re.S):
+        text = text.replace(id, f"clip{digest(shape)}")
     pointed_at = set(re.findall(r"#(\w+)", text))
     return Markup(re.sub(r' id="(\w+)"', lambda m: m[0] if m[1] in pointed_at else "", text))
 
