@@ -13,6 +13,7 @@ from test_report import fields, pretrain, records
 
 from sslbench import ledger
 from sslbench.errors import UserError
+from sslbench.evaluate.attentive import Attentive, AttentiveProbe
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.finetune import Classifier, Finetune, load_classifier, resized
 from sslbench.evaluate.run import eval_recipe, evaluate
@@ -231,6 +232,15 @@ def test_fine_tuning_trains_what_is_there_and_its_file_is_read_back(family, tmp_
                 "classes": '["a", "b", "c", "d", "e"]', "mean": "[0, 0, 0]", "std": "[1, 1, 1]"}  # fmt: skip
     write_weights(tmp_path / "c.safetensors", state, metadata)
     close(load_classifier(tmp_path / "c.safetensors")[0].logits(IMAGES), model.eval().logits(IMAGES))
+
+
+def test_an_attentive_probe_reads_the_patches_of_an_encoder_without_cls(tmp_path):
+    encoder = open_subject(a_file(tmp_path, PUBLISHED["I-JEPA"][0]())).encoder
+    torch.manual_seed(0)
+    model = AttentiveProbe(Attentive(protocol="attentive", queries=4, lr=[0.1]), encoder, Augment(), 5)
+    logits = model.logits(IMAGES)
+    assert logits.isfinite().all()
+    close(logits, model.read(forward(a_vit(cls=False, positions=16))))
 
 
 def test_relative_positions_are_of_one_size_and_others_are_resampled(tmp_path):

@@ -114,7 +114,7 @@ class AttentiveProbe(FrozenProbe):
     def logits(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             tokens = torch.cat([self.encoder(x) for x in images.split(self.chunk or len(images))])
-        return self.read(tokens)
+        return self.read(tokens if self.encoder.parts.cls else tokens[:, 1:])
 
     @float32
     def read(self, tokens: Tensor) -> Tensor:
