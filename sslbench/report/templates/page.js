@@ -51,9 +51,10 @@
     for (const head of table.tHead.rows[0].cells) {
       const name = nameOf(head);
       if (!name) continue;
-      const button = make("button", head.textContent);
+      const button = make("button");
+      button.append(...head.childNodes);
       button.title = "sort by this column";
-      head.replaceChildren(button);
+      head.append(button);
       // From the largest, from the smallest, as written.
       button.addEventListener("click", () => {
         const next = { none: `-${name}`, descending: name, ascending: "" }[head.getAttribute("aria-sort") ?? "none"];
