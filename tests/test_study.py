@@ -181,11 +181,11 @@ def test_rows_of_own_methods_on_own_images_need_no_file_and_write_the_one_that_r
     done = invoke("study", "--rows", "mae,./mine.py:Mine", *flags, "--json")
     assert done.exit_code == 0, done.output
     found = answered(done)
-    assert [(c["row"], c["status"]) for c in found["cells"]] == [(r, "done") for r in ("mae", "Mine", "untrained")]
-    assert {r.dataset for r in numbers(tmp_path)} == {"folder:photos"}
+    assert [(c["row"], c["status"]) for c in found["cells"]] == [(r, "done") for r in ("mae", "mine", "untrained")]
+    assert {r.dataset for r in numbers(tmp_path)} == {"photos"}
     # The paper's batch is never taken for 80 images: the batch fits them.
     runs = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/run.json")]
-    assert len(runs) == 2 and {r["science"]["batch_size"] for r in runs} == {8}
+    assert len(runs) == 2 and {r["batch_size"] for r in runs} == {8}
     again = invoke("study", tmp_path / "results" / "studies" / f"{found['study']}.yaml", "--json")
     assert again.exit_code == 0 and answered(again)["ranking"] == found["ranking"], again.output
     assert len(list((tmp_path / "runs").glob("*/run.json"))) == 2

@@ -48,7 +48,10 @@ def compose(
         what = f"{arch} on {data_name(spec)}" if arch else data_name(spec)
         seen = f"no recipe of {name_of(method)} is for {what}: {images:,} images of about {pixels} pixels get"
         notes = [seen, *fitted.why]
-    tree = merge(merge(read_tree(path), fitted.tree if fitted else {}), given)
+    tree = read_tree(path)
+    if fitted and fitted.borrowed:
+        tree["science"] = {k: v for k, v in tree["science"].items() if k not in ("method", "contrastive_batch")}
+    tree = merge(merge(tree, fitted.tree if fitted else {}), given)
     named = tree.get("science", {}).get("method", {}).get("name")
     if named != method:
         if named is not None and ":" not in method:

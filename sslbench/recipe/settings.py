@@ -34,6 +34,7 @@ class Settings:
     recipe: Path
     tree: dict[str, Any]
     why: list[str]
+    borrowed: bool = False  # the recipe is another method's, whose config and contrastive batch say nothing here
 
 
 def is_known(method: str, arch: str | None, spec: str | None) -> bool:
@@ -79,7 +80,13 @@ def settings_for(
     small = pixels < MIDDLE
     chosen = arch or ("vit_mini4" if small else "vit_s16")
     size = 64 if arch is None and SMALL <= pixels < MIDDLE else get_arch(chosen).image
-    path = _nearest(method, chosen, size, data)
+    known = any(name.startswith(f"{name_of(method)}/") for name in recipe_files())
+    if known:
+        path = _nearest(chosen, size, data, name_of(method)) or choose(method, None, None)
+    elif any_path := _nearest(chosen, size, data):
+        path = any_path
+    else:
+        raise UserError("no recipes are bundled with this installation; give --recipe PATH")
     name, tree = f"{path.parent.name}/{path.stem}", read_tree(path)
     theirs, machine = tree.get("science", {}), tree.get("machine", {})
     science: dict[str, Any] = {"arch": chosen, "data": {"image_size": size}}
@@ -98,14 +105,15 @@ def settings_for(
         )
         why.append(f"batch size  {batch:,}: {reason}")
     compared = None
-    if most_compared := theirs.get("contrastive_batch"):
+    if (most_compared := theirs.get("contrastive_batch")) and known:
         science["contrastive_batch"] = compared = _divisor(batch, most_compared)
         why.append(f"contrast    {compared:,} images: what divides the batch, up to the {most_compared:,} of {name}")
     changed = {"science": science}
     if micro := machine.get("micro_batch"):
         changed["machine"] = {"micro_batch": _divisor(compared or batch, micro)}
-    why.append(f"the rest    {theirs.get('epochs', 800):,} epochs, base lr, warm-up and the method's config: {name}")
-    return Settings(path, changed, why)
+    rest = "base lr, warm-up and the method's config" if known else "base lr and warm-up, for want of its own recipe"
+    why.append(f"the rest    {theirs.get('epochs', 800):,} epochs, {rest}: {name}")
+    return Settings(path, changed, why, borrowed=not known)
 
 
 def _batch(theirs: int, images: int) -> int:
@@ -117,20 +125,20 @@ def _divisor(total: int, most: int) -> int:
     return next(n for n in range(min(total, most), 0, -1) if total % n == 0)
 
 
-def _nearest(method: str, arch: str, size: int, data: str) -> Path:
-    """The method's recipe that is nearest to what is wanted; recipes of one table alone are left out."""
+def _nearest(arch: str, size: int, data: str, method: str | None = None) -> Path | None:
+    """The method's recipe, or any, that is nearest to what is wanted; recipes of one table alone are left out."""
     found: dict[tuple[Any, ...], Path] = {}
     for name, path in recipe_files().items():
         owner, _, own = name.partition("/")
         named = max((a for a in ARCHS if own.startswith(f"{a}_")), key=len, default=None)
-        if owner != name_of(method) or named is None:
+        if named is None or method not in (None, owner):
             continue
         views = read_tree(path)["science"].get("data", {}).get("image_size") or ARCHS[named].image
         of = own.removeprefix(f"{named}_")
         width = abs(math.log(ARCHS[named].dim / get_arch(arch).dim))
         key = (named != arch, of != data, abs(math.log(views / size)), of != "imagenet", width, name)
         found[key] = path
-    return found[min(found)] if found else choose(method, None, None)
+    return found[min(found)] if found else None
 
 
 def shorten_warmup(science: BaseModel, given: dict[str, Any]) -> str:
