@@ -17,7 +17,7 @@ from torch import nn
 
 from sslbench import ledger, provenance
 from sslbench.data import open_split
-from sslbench.evaluate import features, finetune, probe
+from sslbench.evaluate import features, finetune, probe, start
 from sslbench.evaluate import run as evaluation
 from sslbench.files import hashes
 from sslbench.method import get_method, methods
@@ -28,7 +28,6 @@ from sslbench.report.tables import newest
 from sslbench.study import measure
 from sslbench.study.printed import paper_tables, plugin_of, protocol_of, read_paper
 from sslbench.study.tables import behind, pretraining_of
-from sslbench.train import loop
 from sslbench.train.job import save_weights
 from sslbench.transfer import run as transfer
 from sslbench.vit import VisionTransformer, get_arch
@@ -88,7 +87,7 @@ def virtually(tmp_path, monkeypatch, run_here):
     task("coco", [f"{what}_ap{at}" for what in ("bbox", "mask") for at in ("", "50", "75")])
     task("ade20k", ["miou", "aacc", "macc"])
     monkeypatch.setitem(sys.modules, "sslbench.transfer.runner", SimpleNamespace(train=None))
-    for module in (loop, evaluation, transfer):
+    for module in (start, evaluation, transfer):
         monkeypatch.setattr(module, "fit", pretend)
     monkeypatch.setattr(features, "VisionTransformer", shapes)
     monkeypatch.setattr(features, "load_exactly", lambda *_: None)
@@ -102,6 +101,7 @@ def virtually(tmp_path, monkeypatch, run_here):
     for job in (finetune.FinetuneJob, probe.ProbeJob):
         monkeypatch.setattr(job, "score", lambda *_: (next(values) / 10, {}))
     monkeypatch.setattr(transfer, "require", lambda: None)
+    monkeypatch.setattr(transfer, "check_encoder", lambda *_: None)  # of positions, which shapes do not have
     monkeypatch.setattr(transfer, "find_data", lambda kind, data: tmp_path)
     monkeypatch.setattr(transfer, "read_safetensors", lambda path: ({}, {}))
     monkeypatch.setattr(transfer, "scope_of", lambda task: contextlib.nullcontext())

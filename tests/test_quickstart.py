@@ -13,7 +13,7 @@ from sslbench.study.grid import Grid
 
 @pytest.mark.slow
 def test_quickstart_measures_every_method_and_shows_learning(run_sslbench, tmp_path):
-    done = run_sslbench("quickstart", "--json", home=tmp_path, timeout=900)
+    done = run_sslbench("quickstart", "--minutes", "3", "--json", home=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "Mixed Precision" not in done.stderr  # what lightning has to say, twice for each method
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -31,8 +31,9 @@ def test_quickstart_measures_every_method_and_shows_learning(run_sslbench, tmp_p
             knn.setdefault(r.method, {})[r.condition["pool"]] = r.value
     gain = {m: max(v - knn["untrained"][pool] for pool, v in by.items()) for m, by in knn.items()}
     print(gain)
-    # On two quiet cores all six gain 6 to 14 points, the noise being 3.5; beside other tests they see half the images.
-    assert gain["mae"] > 4 and gain["ocl"] > 4 and sum(gain.values()) / len(methods()) > 3
+    # In five minutes of two quiet cores all six gain 3 to 15 points, the noise being 3.5; here they have three, beside
+    # other tests.
+    assert gain["mae"] > 3 and gain["ocl"] > 3 and sum(gain.values()) / len(methods()) > 2
     flat = page.partition("No clear k-NN gain over the untrained ViT: ")[2].partition(". ")[0]
     assert "mae" not in flat and "ocl" not in flat
 

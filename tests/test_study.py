@@ -226,7 +226,7 @@ def started(path, home, environment, *flags):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--jobs", "2"]], ids=["one after the other", "two at once"])
 def test_a_killed_study_goes_on_by_the_same_command(flags, study, environment, tmp_path):
-    path = study(seeds=1, budgets=["2560images", "5120images"], untrained=False)
+    path = study(seeds=1, budgets=["1280images", "2560images"], untrained=False)
     flags = [*flags, "--set", "machine.save_every=5"]
     process = started(path, tmp_path, environment, *flags)
     while not list(tmp_path.glob("runs/*/checkpoints/*.sha256")):
