@@ -13,6 +13,9 @@ from transfer_data import ade20k_part, unpack
 
 from sslbench import ledger
 from sslbench.data import open_split
+from sslbench.errors import UserError
+from sslbench.recipe import compose
+from sslbench.study.budget import parse_budget, steps_for
 
 # Rows of two small blocks on 16 pixels: a run of 10 steps takes half a second.
 STUDY = {
@@ -267,3 +270,23 @@ def test_bad_flags_are_one_message_before_anything_runs(flags, says, invoke, stu
 def test_a_file_with_an_unknown_key_is_refused(invoke, study):
     done = invoke("study", study(rowz={}))
     assert done.exit_code == 2 and "unknown key 'rowz'; did you mean 'rows'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seeds": [0, 0]}, "seeds [0, 0]: expected different numbers"),
+        ({"seeds": {"320images": 2}}, "seeds names no number for 1280images"),
+        ({"controls": ["mea"]}, "controls names no row 'mea'; did you mean 'mae'"),
+        ({"budgets": ["1epochs", "1TFLOP"]}, "of several kinds"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_one_message_before_anything_runs(changes, says, invoke, study, tmp_path):
+    done = invoke("study", study(**changes))
+    assert done.exit_code == 2 and says in done.stderr, done.output
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+
+
+def test_a_method_that_counts_no_flops_has_no_budget_of_them():
+    with pytest.raises(UserError, match="mae counts no FLOPs, so a budget of 1TFLOP has no length; give epochs"):
+        steps_for(compose("mae", recipe="mae_smoke"), parse_budget("1TFLOP"), 0.0)
