@@ -9,10 +9,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sslbench import ledger
+from sslbench.evaluate.start import pretrain
 from sslbench.recipe import compose
 from sslbench.report.tables import tables
 from sslbench.train.clock import Clock
-from sslbench.train.loop import pretrain
 from sslbench.train.watch import Watch
 
 QUIET = Console(quiet=True)

@@ -26,7 +26,7 @@ import json, multiprocessing, os, socket, sys
 from pathlib import Path
 from rich.console import Console
 from sslbench.recipe import compose
-from sslbench.train.loop import pretrain
+from sslbench.evaluate.start import pretrain
 from sslbench.vit import ARCHS, Arch
 
 def train(out, world, strategy, names, rank=None, port=0):
@@ -271,6 +271,7 @@ from sslbench.data.loader import MicroBatches
 from sslbench.errors import RunFailed
 from sslbench.method import get_method
 from sslbench.recipe import compose
+from sslbench.evaluate.start import pretrain
 from sslbench.train import loop
 from sslbench.train.run import newest
 
@@ -293,7 +294,7 @@ def agree(rank, port):
     loop.make_fabric = fabric
     sets = ["science.batch_size=16", "science.epochs=0.08", "machine.log_every=5", "machine.tensorboard=false"]
     recipe = compose("mae", recipe="mae_smoke", sets=sets, machine={"devices": 2})
-    found = {"fp16": outcome(loop.pretrain, recipe, Path("fp16"), Console(quiet=True), False)}
+    found = {"fp16": outcome(pretrain, recipe, Path("fp16"), Console(quiet=True), False)}
     run = SimpleNamespace(fabric=(f := fabric()), checkpoints=Path(f"checkpoints{rank}"))
     f.launch()
     found["step"] = outcome(lambda: newest(run)[0])

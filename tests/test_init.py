@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
@@ -109,6 +110,39 @@ def test_positions_are_resampled_and_a_published_decoder_is_taken(tiny_arch, few
         compose("mae", recipe="mae_smoke", science={**science, "init": str(tmp_path / "mae.pth")}, sets=sets)
     )
     assert "new: decoder" in "\n".join(other.notes) and "not used: decoder." in "\n".join(other.notes)
+
+
+def test_what_a_published_file_has_beside_its_encoder_is_named_and_its_encoder_is_not(tiny_arch, few_images, tmp_path):
+    torch.manual_seed(4)
+    encoder = VisionTransformer(TINY)
+    initialise(encoder)
+    state = {k: x for k, x in encoder.state_dict().items() if "qkv" not in k}
+    for i in range(TINY.depth):
+        for kind in ("weight", "bias"):
+            parts = encoder.state_dict()[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
+            state |= {f"blocks.{i}.attn.{n}.{kind}": x for n, x in zip(("query", "key", "value"), parts, strict=True)}
+    tree = {f"vit.{transformers_name(k)}": x for k, x in state.items()}
+    tree |= {"vit.pooler.dense.weight": torch.zeros(2, 2), "decoder.mask_token": torch.zeros(1)}
+    torch.save(tree, tmp_path / "vitmae.bin")
+    sets = [flag for flag in tiny_arch if flag != "--set"]
+    recipe = compose("ocl", recipe="ocl_smoke", science={"init": str(tmp_path / "vitmae.bin")}, sets=sets)
+    new, unused = read_start(recipe).apply(method := build(recipe))
+    assert unused == ["pooler.dense.weight", "decoder.mask_token"] and "encoder" not in new
+    assert all(x.equal(encoder.state_dict()[k]) for k, x in method.encoder.state_dict().items())
+
+
+def transformers_name(ours):
+    """As transformers' ViTMAE names it."""
+    name = ours.replace("cls_token", "embeddings.cls_token").replace("pos_embed", "embeddings.position_embeddings")
+    name = name.replace("patch_embed.proj", "embeddings.patch_embeddings.projection").replace(
+        "blocks.", "encoder.layer."
+    )
+    name = re.sub(r"attn\.(query|key|value)", r"attention.attention.\1", name).replace(
+        "attn.proj", "attention.output.dense"
+    )
+    name = name.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
+    name = name.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
+    return re.sub(r"^norm", "layernorm", name)
 
 
 def test_bad_weights_are_one_message_before_anything_runs(trained, invoke, monkeypatch, tmp_path):

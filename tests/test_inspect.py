@@ -17,9 +17,9 @@ from sslbench.commands.inspect import trained_method
 from sslbench.data import open_split
 from sslbench.data.loader import evaluation_sample
 from sslbench.evaluate.features import open_subject
+from sslbench.evaluate.start import pretrain
 from sslbench.method import Method, methods
 from sslbench.recipe import compose
-from sslbench.train.loop import pretrain
 from sslbench.train.state import newest_checkpoint
 from sslbench.views import normalise
 from sslbench.vit import Arch, VisionTransformer, initialise, patchify, pool_tokens, unpatchify

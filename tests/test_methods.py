@@ -16,10 +16,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny import METHODS, REFERENCE, generator, gradient_norm, images, make, reference_images, step
 
+from sslbench.evaluate.start import pretrain
 from sslbench.losses import recorded_gathers
 from sslbench.masking import random_order, random_split, split_kept
 from sslbench.recipe import Augment, Optim, compose
-from sslbench.train.loop import pretrain
 from sslbench.train.optim import adamw
 from sslbench.train.shard import load_optimizer
 from sslbench.vit import VisionTransformer

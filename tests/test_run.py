@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sslbench import provenance
 from sslbench.data import open_split
 from sslbench.errors import UserError
+from sslbench.evaluate import start
 from sslbench.recipe import compose
 from sslbench.train import loop
 from sslbench.train.job import Job
@@ -38,7 +39,7 @@ def recipe(**machine):
 
 
 def pretrain(folder, **machine):
-    return loop.pretrain(recipe(**machine), folder, QUIET, progress=False)
+    return start.pretrain(recipe(**machine), folder, QUIET, progress=False)
 
 
 def weights(folder):

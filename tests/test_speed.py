@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from sslbench.commands import speed
 from sslbench.commands.bench import matmul_peak
+from sslbench.evaluate.start import pretrain
 from sslbench.provenance import EnergyMeter
 from sslbench.recipe import compose
-from sslbench.train.loop import pretrain
 from sslbench.vit import ARCHS
 
 ROOT = Path(__file__).parents[1]

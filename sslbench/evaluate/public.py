@@ -126,8 +126,7 @@ def to_encoder(tree: Any, where: str) -> tuple[VisionTransformer, str]:
         has = ", ".join(map(str, tree))[:200]
         raise UserError(f"{where}: no weights in it of a Vision Transformer known here, no '{MARKER}'; found {has}")
     cae = any(CAE in name for name in names)
-    # CAE and who pre-trains by BEiT's code evaluate what learned, and keep its average beside.
-    place = preferred(found, average=not (cae or any(name.endswith(LM_HEAD) for name in names)))
+    place = _taken(found, names)
     if len(found) > 1 or LEARNER.search(place):
         others = ", ".join(p.rstrip(".") or "the top" for p in found if p != place) or "a teacher's: it has none"
         warnings.warn(f"{where}: the weights of {place.rstrip('.') or 'the top'} are taken, not {others}", stacklevel=2)
@@ -150,6 +149,23 @@ def to_encoder(tree: Any, where: str) -> tuple[VisionTransformer, str]:
         raise UserError(f"{where} is not a {name}: {wrong} is {shape(mine[wrong])}, expected {shape(wanted[wrong])}")
     encoder.load_state_dict(mine)
     return encoder, name
+
+
+def _taken(found: Iterable[str], names: list[str]) -> str:
+    """The place whose weights are taken. CAE and who pre-trains by BEiT's code evaluate what learned, and keep its
+    average beside."""
+    return preferred(found, average=not any(CAE in name or name.endswith(LM_HEAD) for name in names))
+
+
+def beside_encoder(tree: Any, where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Of a file that `to_encoder` takes: (what lies in the encoder's place beside it, what lies around, by name)."""
+    found = places(tree)
+    place = _taken(found, names_in(tree))
+    holder, prefix = tree, place
+    while key := next((k for k, v in holder.items() if isinstance(v, dict) and prefix.startswith(f"{k}.")), None):
+        holder, prefix = holder[key], prefix.removeprefix(f"{key}.")
+    around = [k for k, v in holder.items() if isinstance(v, Tensor) and not k.startswith(prefix)]
+    return translate(found[place], where).beside, around
 
 
 def _arch(tensors: dict[str, Tensor], heads: Any, many_heads: bool, where: str) -> str:

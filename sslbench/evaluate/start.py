@@ -19,7 +19,6 @@ from ..train.start import Start
 from ..vit import PLAIN, get_arch
 from . import public
 from .features import Subject, find_weights, open_subject
-from .translate import OURS
 
 # MAE's names of its decoder's tensors, and ours (decoder.py).
 DECODER = {r"^decoder_(embed|blocks|norm|pred)\.": r"\1.", r"^mask_token$": "mask_token"}
@@ -77,15 +76,11 @@ def _beside(source: str, subject: Subject) -> tuple[dict[str, Tensor], tuple[str
     """(decoder, names of what else there is) in a published file; nothing beside the encoder in ours and timm's."""
     if subject.public is None or source.startswith("timm:"):
         return {}, ()
-    places = public.places(public.read_file(find_weights(source)[0]))
-    decoder, unused = {}, []
-    for key, x in places[public.preferred(places)].items():
-        name = next((re.sub(a, b, key) for a, b in DECODER.items() if re.search(a, key)), None)
-        if name:
-            decoder[name] = x.float()
-        elif not key.startswith(OURS) and key != "decoder_pos_embed":
-            unused.append(key)
-    return decoder, tuple(unused)
+    beside, around = public.beside_encoder(public.read_file(find_weights(source)[0]), source)
+    decoder = {re.sub(a, b, k): x for k, x in beside.items() for a, b in DECODER.items() if re.search(a, k)}
+    known = ("decoder_pos_embed", *DECODER)
+    unused = [k for k in beside if not any(re.search(pattern, k) for pattern in known)]
+    return decoder, (*unused, *around)
 
 
 def _facts(source: str, subject: Subject, decoder: dict[str, Tensor]) -> dict[str, Any]:

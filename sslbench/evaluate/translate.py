@@ -49,6 +49,7 @@ class Translated:
 
     tensors: Tensors
     heads: int | None  # where they show
+    beside: Tensors  # what is no part of the encoder: a decoder, a head
     notes: list[str] = field(default_factory=list)  # what a reader should know
 
 
@@ -83,7 +84,8 @@ def translate(found: Tensors, where: str) -> Translated:
         t |= {"pooled_norm.weight": torch.ones(dim), "pooled_norm.bias": torch.zeros(dim)}
         notes.append("SiameseIM has no norm behind its blocks: the feature is the mean of patches, normalised, as its "
                      "own linear probe takes it")  # fmt: skip
-    return Translated({k: v for k, v in t.items() if k.startswith(OURS)}, heads, notes)
+    mine = {k: v for k, v in t.items() if k.startswith(OURS)}
+    return Translated(mine, heads, {k: v for k, v in t.items() if k not in mine}, notes)
 
 
 def _renamed(name: str) -> str:

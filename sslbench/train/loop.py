@@ -21,7 +21,7 @@ from ..data.loader import MicroBatches
 from ..device import bf16_is_fast, default_device, keep_freed_memory
 from ..errors import Interrupted, RunFailed, UserError, full, is_full, lost_loader
 from ..method import Method
-from ..recipe import Batch, Machine, Recipe
+from ..recipe import Batch, Machine
 from ..signals import Signals
 from .clock import Clock
 from .diagnose import CollapseMeters
@@ -63,11 +63,6 @@ def make_fabric(machine: Machine, sharded: bool = False) -> Fabric:
             plugins=[environment(machine)],
             precision=precision,  # type: ignore[arg-type]
         )
-
-
-def pretrain(recipe: Recipe, folder: Path, console: Console, progress: bool = True) -> str:
-    """Pre-train `recipe` in `folder`; see `fit`."""
-    return fit(Job(recipe), folder, console, progress)
 
 
 def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Callable[..., None] | None = None) -> str:
