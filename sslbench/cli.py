@@ -17,7 +17,8 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from .errors import Interrupted, RunFailed, UserError, full, is_full, is_unusable, lost_loader
-from .paths import expand
+from .paths import bundled, expand, recipe_files
+from .plugin import is_plugin
 from .train.launch import first_process, leave_to_first, refuse_several
 
 # What torchrun and srun may start as several processes; and what is more than one training, or times one. All else is
@@ -79,12 +80,36 @@ def _plain(e: object) -> str:
 
 app = typer.Typer(
     cls=Group,
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     help="Compare self-supervised methods for Vision Transformers, every number with its provenance and interval.",
 )
-eval_app = typer.Typer(cls=Group, no_args_is_help=True, help="Evaluate a pre-trained encoder.")
+START = """Compare self-supervised methods for Vision Transformers. To start with:
+
+  sslbench quickstart                             every method on built-in images, in five minutes
+  sslbench pretrain mae --data builtin --epochs 1 train one; the same command resumes
+  sslbench eval knn                               measure the newest run
+  sslbench report                                 all that was measured, as a page
+
+sslbench --help lists all commands, and sslbench COMMAND --help what each takes."""
+
+
+@app.callback()
+def start(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        print(START)
+
+
+class EvalGroup(Group):
+    """`eval path/to/file.py:NAME` is `eval function`, told which."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if is_plugin(args[0]):
+            args = ["function", *args[1:], "--set", f"science.function={args[0]}"]
+        return super().resolve_command(ctx, args)
+
+
+eval_app = typer.Typer(cls=EvalGroup, no_args_is_help=True, help="Evaluate a pre-trained encoder.")
 data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at data sets.")
 transfer_app = typer.Typer(cls=Group, no_args_is_help=True, help="Train an encoder for dense prediction, and score it.")
 app.add_typer(eval_app, name="eval")
@@ -129,10 +154,13 @@ def answer_of_failed(as_json: bool) -> Iterator[None]:
         raise
 
 
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of all that is drawn.")]
+
+
 @app.command()
 def quickstart(
     minutes: Annotated[float, typer.Option(help="Wall time to spend, about; shared equally by the methods.")] = 5.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -144,17 +172,35 @@ def quickstart(
     answer(as_json, answered)
 
 
+def _methods(incomplete: str) -> list[str]:
+    """For the shell to complete: the names of the files in methods/, none of which is imported."""
+    return sorted(path.stem for path in bundled("methods").glob(f"{incomplete}*.py"))
+
+
+def _recipes(incomplete: str) -> list[str]:
+    return [name for name in recipe_files() if name.startswith(incomplete)]
+
+
+MethodName = Annotated[
+    str,
+    typer.Argument(help="A name of `sslbench list methods`, or path/to/file.py:Class.", autocompletion=_methods),
+]
 Arch = Annotated[str | None, typer.Option("--arch", help="Such as vit_b16; `sslbench list archs`.")]
 Data = Annotated[
     str | None, typer.Option("--data", help="builtin, npz:PATH, folder:DIR, imagenet:DIR, packed:DIR, a name.")
 ]
-PretrainRecipe = Annotated[str | None, typer.Option("--recipe", help="Name or path; `sslbench list recipes`.")]
+PretrainRecipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Name or path; `sslbench list recipes`.", autocompletion=_recipes),
+]
 Preset = Annotated[str | None, typer.Option("--preset", help="paper or official, where the two part.")]
-Epochs = Annotated[float | None, typer.Option("--epochs", min=0)]
+Epochs = Annotated[float | None, typer.Option("--epochs", min=0, help="Of pre-training; the schedule ends with them.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images a step, over all devices.")]
-Devices = Annotated[int | None, typer.Option("--devices", min=1)]
-Nodes = Annotated[int | None, typer.Option("--nodes", min=1)]
+Devices = Annotated[int | None, typer.Option("--devices", min=1, help="GPUs, or processes on a CPU, of each node.")]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Machines, each started by torchrun or srun.")]
 Precision = Annotated[str | None, typer.Option("--precision", help="32, bf16, 16 or auto.")]
+PretrainSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Of weights, order and views.")]
+Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Whether to use torch.compile.")]
 InitFrom = Annotated[
     str | None,
     typer.Option("--init", help="Weights to start from: a run folder, RUN@0.5, a weights file, timm:NAME."),
@@ -163,7 +209,7 @@ InitFrom = Annotated[
 
 @app.command()
 def pretrain(
-    method: str,
+    method: MethodName,
     arch: Arch = None,
     data: Data = None,
     recipe: PretrainRecipe = None,
@@ -172,11 +218,11 @@ def pretrain(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     sets: Sets = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: PretrainSeed = None,
     devices: Devices = None,
     nodes: Nodes = None,
     precision: Precision = None,
-    compile: Annotated[bool | None, typer.Option("--compile/--no-compile")] = None,
+    compile: Compile = None,
     slurm: Annotated[
         str | None,
         typer.Option(metavar="KEY=VALUE,...", help="Submit a job with sbatch's options: partition, nodes, time."),
@@ -208,7 +254,7 @@ def pretrain(
 
 @app.command()
 def plan(
-    method: str,
+    method: MethodName,
     arch: Arch = None,
     data: Data = None,
     recipe: PretrainRecipe = None,
@@ -216,11 +262,11 @@ def plan(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     sets: Sets = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: PretrainSeed = None,
     devices: Devices = None,
     nodes: Nodes = None,
     precision: Precision = None,
-    compile: Annotated[bool | None, typer.Option("--compile/--no-compile")] = None,
+    compile: Compile = None,
     on: Annotated[str | None, typer.Option(help="Another machine, such as A100x4: from FLOPs, not measured.")] = None,
     link: Annotated[str | None, typer.Option(help="Between devices, such as 100Gb/s: their scaling, on paper.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="To calibrate for, about.")] = 20.0,
@@ -246,7 +292,6 @@ def plan(
 
 EvalData = Annotated[str | None, typer.Option("--data", help="Labelled data; the run's own if left out.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="Name or path of an eval recipe.")]
-Seed = Annotated[int, typer.Option("--seed", min=0)]
 EvalSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Of the evaluation; the run's own if left out.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Evaluate with so many seeds; mean and interval.")]
 
@@ -276,6 +321,7 @@ _eval_command("knn", "Weighted k-nearest neighbours on frozen features.")
 _eval_command("linprobe", "A linear classifier on frozen features.")
 _eval_command("attentive", "Learned queries gather a frozen encoder's tokens. The same command resumes.")
 _eval_command("finetune", "Train all weights with labels. The same command again resumes an unfinished one.")
+_eval_command("function", "Your own, by its place: `eval path/to/file.py:NAME`. See the README.")
 _eval_command("robustness", "A fine-tuned model on images from elsewhere: ImageNet-A, -R, -Sketch, a folder a class.")
 
 
@@ -409,9 +455,9 @@ def report(
 def bench(
     methods: Annotated[list[str] | None, typer.Argument(help="All if left out.")] = None,
     arch: Annotated[list[str] | None, typer.Option(help="vit_ti4 if left out; may be given again.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Images a step; the recipe's if left out.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="auto if left out; may be given again.")] = None,
-    compile: Annotated[bool, typer.Option("--compile/--no-compile")] = False,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Whether to use torch.compile.")] = False,
     seconds: Annotated[float, typer.Option(help="Time to measure each for.")] = 10.0,
     against: Annotated[
         str | None,
@@ -464,7 +510,7 @@ def inspect(
 
 @app.command()
 def export(
-    run: str,
+    run: Annotated[str, typer.Argument(help="Run folder, weights file, timm:NAME, untrained:ARCH.")],
     format: Annotated[str, typer.Option("--format", help="timm or safetensors.")] = "timm",
     out: Out = None,
     as_json: Json = False,
@@ -477,7 +523,7 @@ def export(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, recipes, archs, tables or runs")],
+    what: Annotated[str, typer.Argument(help="methods, recipes, archs, tables or runs.")],
     as_json: Json = False,
 ) -> None:
     """What there is."""
@@ -494,8 +540,11 @@ def doctor(as_json: Json = False) -> None:
     answer(as_json, run(console(as_json)))
 
 
+Spec = Annotated[str, typer.Argument(help="builtin, npz:PATH, folder:DIR, ...; `sslbench data list`.")]
+
+
 @data_app.command("check")
-def data_check(spec: str, as_json: Json = False) -> None:
+def data_check(spec: Spec, as_json: Json = False) -> None:
     """Decode every image; say what was found and what cannot be read. Exit status 2 where a run would refuse it."""
     from .commands.listing import show_check
 
@@ -507,7 +556,7 @@ def data_check(spec: str, as_json: Json = False) -> None:
 
 @data_app.command("pack")
 def data_pack(
-    spec: str,
+    spec: Spec,
     out: Annotated[Path | None, typer.Option("--out", help="The new folder; the set's name if left out.")] = None,
     size: Annotated[int, typer.Option(min=8, help="Pixels of the short side; smaller images stay as they are.")] = 256,
     as_json: Json = False,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError, nearest
-from .files import digest
 from .paths import bundled
+from .plugin import import_file
 from .strict import Strict
 from .views import Augment
 from .vit import VisionTransformer
@@ -24,7 +22,21 @@ class MethodConfig(Strict):
     """Every switch of a method, its defaults the paper's."""
 
 
-class Method(nn.Module):
+class Trainable(nn.Module):
+    """What the loop trains: `build_views` (a batch -> views), `forward` (views -> outputs) and `loss` (outputs ->
+    named losses, "loss" their total). A method; a classifier; a detector. `encoder` is its ViT."""
+
+    # Each takes what its own kind of batch holds: Any, for what the arguments are called and are is the subclass's.
+    build_views: Any
+
+    def loss(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """After the weights moved; progress in [0, 1]."""
+
+
+class Method(Trainable):
     """What pre-trains an encoder: build_views, forward (views -> outputs), loss. Knows nothing of devices or ranks."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -93,18 +105,9 @@ class Method(nn.Module):
 
 
 def _load(path: Path) -> list[type[Method]]:
-    name = f"sslbench_method_{path.stem}_{digest(str(path))}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec and spec.loader
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as e:
-            del sys.modules[name]
-            raise UserError(f"the method in {path} does not load: {type(e).__name__}: {e}") from e
-    classes = [c for c in vars(sys.modules[name]).values() if isinstance(c, type) and issubclass(c, Method)]
-    return [c for c in classes if c.__module__ == name]
+    module = import_file(path, "method")
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Method)]
+    return [c for c in classes if c.__module__ == module.__name__]
 
 
 def methods() -> dict[str, type[Method]]:

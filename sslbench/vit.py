@@ -6,6 +6,8 @@ channels encodes x, pre-norm blocks with LayerNorm eps 1e-6, qkv bias, exact GEL
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -99,10 +101,40 @@ def parts_of(state: Mapping[str, Tensor]) -> Parts:
     return Parts("cls_token" in state, registers, relative, absolute, pooled)
 
 
+OWN = re.compile(r"vit_(\d+)x(\d+)_h(\d+)_p(\d+)_im(\d+)")  # width x depth, heads, patch, image
+
+
+def arch_name(patch: int, dim: int, depth: int, heads: int, image: int | None = None) -> str:
+    """The name of that ViT, which `get_arch` understands: vit_b16, or vit_384x12_h6_p8_im224. `sslbench list archs`.
+
+    image: 32 for patches of up to 4 pixels, else 224. ValueError: it cannot be built.
+    """
+    image = image or (32 if patch <= 4 else 224)
+    if min(patch, dim, depth, heads, image) <= 0:
+        raise ValueError("patch, dim, depth, heads and image are numbers above 0")
+    if dim % heads or dim % 4:
+        raise ValueError(f"dim={dim} must divide by heads={heads}, and by 4 for the sin-cos positions")
+    if image % patch:
+        raise ValueError(f"image={image} is not a multiple of patch={patch}: say for which image it is")
+    sizes = (patch, dim, depth, heads, image)
+    known = (n for n, a in ARCHS.items() if (a.patch, a.dim, a.depth, a.heads, a.image) == sizes)
+    return next(known, f"vit_{dim}x{depth}_h{heads}_p{patch}_im{image}")
+
+
+def find_arch(name: str) -> Arch | None:
+    """The ViT of that name: one of ARCHS, or one that says its sizes. None: there is none."""
+    if sizes := OWN.fullmatch(name):
+        dim, depth, heads, patch, image = map(int, sizes.groups())
+        with contextlib.suppress(ValueError):
+            arch_name(patch, dim, depth, heads, image)
+            return Arch(patch, dim, depth, heads, image)
+    return ARCHS.get(name)
+
+
 def get_arch(name: str) -> Arch:
-    if name not in ARCHS:
-        raise UserError(f"unknown arch '{name}'{nearest(name, ARCHS)}")
-    return ARCHS[name]
+    if arch := find_arch(name):
+        return arch
+    raise UserError(f"unknown arch '{name}'{nearest(name, ARCHS)}; one of your own is vit_384x12_h6_p8_im224, say")
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:

@@ -1,8 +1,11 @@
 """Each command as a user types it, at smoke scale on real images, and what it says to bad input."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from sslbench.cli import app
@@ -454,3 +458,39 @@ def test_bf16_on_a_cpu_follows_float32(name, epochs, batch, invoke, tmp_path):
     a, b = losses("32"), losses("bf16")
     assert len(a) == round(4000 // batch * epochs) and a != b
     assert all(abs(x - y) < 0.05 * x for x, y in zip(a, b, strict=True))
+
+
+def test_without_arguments_it_says_what_to_start_with(invoke):
+    done = invoke()
+    commands = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  sslbench ")]
+    assert done.exit_code == 0 and commands == ["quickstart", "pretrain", "eval", "report"]
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_every_argument_and_option_is_explained():
+    def unexplained(command, path):
+        yield from (f"{path} {p.name}" for p in command.params if not p.help)
+        for name, sub in getattr(command, "commands", {}).items():
+            yield from unexplained(sub, f"{path} {name}")
+
+    assert list(unexplained(get_command(app), "sslbench")) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("pretrain m", ["macrl", "mae", "mocov3"]),
+        ("pretrain mae --recipe ocl/vit_l", ["ocl/vit_l16_builtin", "ocl/vit_l16_imagenet"]),
+    ],
+)
+def test_the_shell_completes_methods_and_recipes(typed, offered):
+    words = f"sslbench {typed}"
+    env = {
+        **os.environ,
+        "_SSLBENCH_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    code = "import sys; sys.argv[0] = 'sslbench'; from sslbench.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == offered, done.stderr

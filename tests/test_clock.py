@@ -74,7 +74,7 @@ def test_looks_take_at_most_two_percent_of_the_time():
     class Labelled:
         labels = torch.zeros(4000)
 
-    watch = Watch(Labelled(), 64)
+    watch = Watch(Labelled(), None, 64)
     watch.look_s, looks = 0.5, 0
     for step in range(1, 1001):
         if watch.due(step / 1000, step * 0.1, 100.0):  # a run of 100 s
@@ -83,7 +83,7 @@ def test_looks_take_at_most_two_percent_of_the_time():
             assert watch.spent_s <= 0.02 * step * 0.1
     assert looks == 4
     Labelled.labels = None
-    assert not Watch(Labelled(), 64).due(1.0, 1e9, 1e9)
+    assert not Watch(Labelled(), None, 64).due(1.0, 1e9, 1e9)
 
 
 def test_weights_are_kept_at_shares_of_the_run(tiny_arch, few_images, tmp_path):

@@ -15,7 +15,7 @@ from tiny import METHODS
 
 from sslbench.errors import UserError
 from sslbench.recipe import compose
-from sslbench.train.job import Job
+from sslbench.train.job import Pretraining
 from sslbench.train.shard import shards
 from sslbench.train.state import save_checkpoint
 
@@ -351,7 +351,7 @@ SMALL = ["science.data.image_size=224", "science.method.gather_negatives=true", 
     ],
 )
 def test_large_encoders_are_sharded_over_several_devices(args, sharded):
-    job = Job(compose("ocl", recipe="ocl_smoke", sets=[*SMALL, *args]))
+    job = Pretraining(compose("ocl", recipe="ocl_smoke", sets=[*SMALL, *args]))
     if isinstance(sharded, bool):
         assert shards(job, job.batch()) == sharded
     else:

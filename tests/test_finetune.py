@@ -126,9 +126,10 @@ def test_meters_read_features_as_evaluations_do_and_leave_the_model_and_its_draw
     meters = CollapseMeters(open_split("builtin", "train"), model, torch.device("cpu"), 32)
     model.forward(views_of(model)[0])  # which leaves draws of eight images
     state = torch.get_rng_state()
-    seen = meters.read(model, fabric)
+    seen = meters.read(fabric)
     assert model.encoder.training and torch.get_rng_state().equal(state)
-    assert meters.read(model.eval(), fabric) == seen and not model.encoder.training
+    model.eval()
+    assert meters.read(fabric) == seen and not model.encoder.training
 
 
 @pytest.mark.parametrize("mode", ["pixel", "const"])

@@ -11,7 +11,7 @@ import pytest
 
 from sslbench.paths import expand
 from sslbench.train import launch
-from sslbench.train.job import Job
+from sslbench.train.job import Pretraining
 
 SMOKE = ["pretrain", "mae", "--recipe", "mae_smoke", "--set", "machine.tensorboard=false", "--set",
          "science.epochs=0.07", "--set", "science.data.image_size=8", "--json"]  # fmt: skip
@@ -119,7 +119,7 @@ def test_a_killed_worker_is_one_message_and_the_same_command_goes_on(run_here, t
     words = [*SMOKE, "--data", f"folder:{image_folder}", "--batch-size", "8", "--out", "r", "--set", "science.epochs=1",
              "--set", "machine.workers=1"]  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "distort", staticmethod(killed))
+        patch.setattr(Pretraining, "distort", staticmethod(killed))
         done = run_here(*words, home=tmp_path)
     assert done.returncode == 1 and "a process that decodes images has died" in done.stderr, done.stderr
     assert "machine.workers=1" in json.loads((tmp_path / "r/run.json").read_text())["error"]

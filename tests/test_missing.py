@@ -29,6 +29,7 @@ from sslbench.study import measure
 from sslbench.study.printed import paper_tables, plugin_of, protocol_of, read_paper
 from sslbench.study.tables import behind, pretraining_of
 from sslbench.train.job import save_weights
+from sslbench.transfer import job as transfer_job
 from sslbench.transfer import run as transfer
 from sslbench.vit import VisionTransformer, get_arch
 
@@ -36,7 +37,7 @@ NUMBERS = [name for name in paper_tables() if not name.endswith("_text")]
 SPENT = {"wall_s": 1.0, "device_hours": 0.1, "flops": 1e9, "peak_memory_gib": 1.0, "joules": None, "images_seen": 1}
 
 
-def pretend(job, folder, console, progress=True, by=None):
+def pretend(job, folder, console, progress=True):
     """In place of `fit`: the run folder of a finished run, its weights one number with the true metadata."""
     if (folder / "run.json").is_file():
         return "already finished"
@@ -76,7 +77,7 @@ def virtually(tmp_path, monkeypatch, run_here):
 
     def task(kind, names):
         def open_data(root, science):
-            return [transfer.Split(kind, split, [0] * 100, kind) for split in ("train", "val")]
+            return [transfer_job.Split(kind, split, [0] * 100, kind) for split in ("train", "val")]
 
         def score(*_):
             return {name: next(values) / 10 for name in names}, {}
@@ -86,7 +87,6 @@ def virtually(tmp_path, monkeypatch, run_here):
 
     task("coco", [f"{what}_ap{at}" for what in ("bbox", "mask") for at in ("", "50", "75")])
     task("ade20k", ["miou", "aacc", "macc"])
-    monkeypatch.setitem(sys.modules, "sslbench.transfer.runner", SimpleNamespace(train=None))
     for module in (start, evaluation, transfer):
         monkeypatch.setattr(module, "fit", pretend)
     monkeypatch.setattr(features, "VisionTransformer", shapes)
@@ -101,11 +101,12 @@ def virtually(tmp_path, monkeypatch, run_here):
     for job in (finetune.FinetuneJob, probe.ProbeJob):
         monkeypatch.setattr(job, "score", lambda *_: (next(values) / 10, {}))
     monkeypatch.setattr(transfer, "require", lambda: None)
-    monkeypatch.setattr(transfer, "check_encoder", lambda *_: None)  # of positions, which shapes do not have
+    monkeypatch.setattr(transfer_job, "check_encoder", lambda *_: None)  # of positions, which shapes do not have
     monkeypatch.setattr(transfer, "find_data", lambda kind, data: tmp_path)
     monkeypatch.setattr(transfer, "read_safetensors", lambda path: ({}, {}))
-    monkeypatch.setattr(transfer, "scope_of", lambda task: contextlib.nullcontext())
-    monkeypatch.setattr(transfer.TransferJob, "build", lambda self: nn.Identity())
+    for module in (transfer, transfer_job):
+        monkeypatch.setattr(module, "scope_of", lambda task: contextlib.nullcontext())
+    monkeypatch.setattr(transfer.TransferJob, "build", lambda self: SimpleNamespace(model=nn.Identity()))
     monkeypatch.setattr("sslbench.report.missing._flops", lambda recipe: 1.0)
 
     def run(command, status=0):

@@ -44,6 +44,7 @@ def test_every_command_of_the_readme_runs_in_order(invoke, few_images, tmp_path)
     assert len(COMMANDS) > 8
     coco = ROOT.parent / "shared" / "data"  # of developers; without it the command says that DIR is no folder
     lacking = [["pretrain", "ocl", "--arch", "vit_l16"]]  # no ImageNet here
+    Path("mine.py").write_text(re.search(r"^`mine.py`:\n\n```python\n(.*?)```", README, re.S | re.M)[1])
     if (coco / "coco_mini.tar").is_file():
         part = coco_part(unpack(coco.parent, "coco_mini", tmp_path), tmp_path / "part")
         QUICKER["sslbench", "transfer", "coco", "--data", "DIR"] = ["--data", part, "--recipe", "coco_smoke"]

@@ -18,7 +18,7 @@ from sslbench.errors import UserError
 from sslbench.evaluate import start
 from sslbench.recipe import compose
 from sslbench.train import loop
-from sslbench.train.job import Job
+from sslbench.train.job import Pretraining
 from sslbench.train.launch import leave_the_others
 from sslbench.train.state import load_checkpoint
 
@@ -78,7 +78,7 @@ def test_a_run_on_other_images_is_neither_resumed_nor_taken_for_finished(home, m
     pretrain(home / "run")
     assert pretrain(home / "run") == "already finished"
     other = open_split("builtin", "val")
-    monkeypatch.setattr(Job, "data", lambda self: other)
+    monkeypatch.setattr(Pretraining, "data", lambda self: other)
     for _ in range(2):
         with pytest.raises(UserError, match="holds a run on other images"):
             pretrain(home / "run")
@@ -97,7 +97,7 @@ def test_a_run_killed_while_it_wrote_its_first_file_starts_again(home):
 
 def test_costs_add_up_over_resumptions_whatever_the_devices_were(home):
     r = recipe()
-    run = loop.Run(Job(r), home / "run", loop.make_fabric(r.machine), {})
+    run = loop.Run(Pretraining(r), home / "run", loop.make_fabric(r.machine), {})
     run.begin("f", 10, 5)
     assert run.costs()["device_hours"] < 0.01
     run.resume({"cost": {"wall_s": 3600.0, "device_hours": 4.0, "joules": None, "images_seen": 640}})

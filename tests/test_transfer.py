@@ -89,7 +89,8 @@ def test_every_protocol_trains_two_iterations_and_is_scored(recipe, parts, invok
 @pytest.mark.parametrize("kind", ["coco", "ade20k"])
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(kind, parts, invoke, tmp_path):
     command = ["transfer", kind, SUBJECT, "--recipe", f"{kind}_smoke", "--data", parts[kind], "--json",
-               *sets(machine__pictures=0, machine__save_every=1, science__iterations=3)]  # fmt: skip
+               *sets(machine__pictures=0, machine__save_every=1, machine__log_every=1),
+               *sets(science__iterations=3)]  # fmt: skip
     assert invoke(*command).exit_code == 0
     (folder,) = (tmp_path / "runs").iterdir()
     first = load_file(folder / "weights.safetensors")
@@ -136,6 +137,13 @@ def test_bf16_on_a_cpu_follows_float32(parts, invoke, tmp_path):
 
     a, b = losses("32"), losses("bf16")
     assert len(a) == 2 and a != b and b == pytest.approx(a, rel=0.05)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_move(parts, invoke, tmp_path):
+    too_much = sets(science__iterations=3, science__optim__lr=1e25, science__optim__warmup=0)
+    done = invoke("transfer", "ade20k", SUBJECT, "--recipe", "ade20k_smoke", "--data", parts["ade20k"], *too_much)
+    assert done.exit_code == 1 and "gradient is not finite" in done.stderr, done.stderr
+    assert not list(tmp_path.glob("runs/*/weights.safetensors"))
 
 
 def broken_coco(root, how):

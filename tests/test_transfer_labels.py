@@ -130,7 +130,8 @@ def test_photographs_without_labels_are_enough_to_pre_train(coco, invoke):
 
 def test_what_mmdet_and_pycocotools_would_misread_is_mended_and_said(coco):
     pytest.importorskip("mmdet", reason="needs the extra `transfer`", exc_type=ImportError)
-    from sslbench.transfer.run import quiet, require
+    from sslbench.transfer.job import quiet
+    from sslbench.transfer.run import require
 
     require()
     from mmdet.datasets import CocoDataset

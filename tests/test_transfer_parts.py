@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sslbench.errors import UserError
 from sslbench.files import digest
 from sslbench.paths import recipe_files
+from sslbench.train.build import CPU_ATTENTION
 from sslbench.transfer.protocol import Encoder, TransferMachine, transfer_recipe
 from sslbench.transfer.run import require
 from sslbench.vit import Arch, VisionTransformer, initialise, resample_positions
@@ -23,7 +24,8 @@ require()
 
 from sslbench.transfer import backbone as vit  # noqa: E402
 from sslbench.transfer import necks, ops  # noqa: E402
-from sslbench.transfer.runner import CPU_ATTENTION, LayerDecay, Order, _finite, schedule  # noqa: E402
+from sslbench.transfer.feed import Order  # noqa: E402
+from sslbench.transfer.job import adamw, learning_rate  # noqa: E402
 
 SMALL = Arch(patch=8, dim=48, depth=12, heads=3, image=32)  # 4 x 4 tokens
 
@@ -37,13 +39,6 @@ def encoder(arch=SMALL, seed=0):
 
 def backbone(grid=(4, 4), **config):
     return vit.Backbone(encoder(), Encoder(**{"drop_path": 0.0, **config}), grid).eval()
-
-
-def test_weights_after_a_gradient_that_was_not_finite_are_told_before_they_are_saved():
-    layer = nn.Linear(3, 3)
-    assert _finite(layer)
-    layer.bias.data[1] = torch.nan
-    assert not _finite(layer)
 
 
 def boxes(n, size, seed=0):
@@ -257,10 +252,9 @@ def test_layer_decay_has_vitdets_scales_and_no_weight_decay_on_norms_and_positio
     model = nn.Module()
     model.backbone = backbone(relative_positions="decomposed", taps=[11])
     model.head = nn.Sequential(nn.Linear(48, 4), nn.LayerNorm(4))
-    wrapper = LayerDecay({"type": "OptimWrapper"}, {"depth": 12, "optim": optim})(model)
-    groups = {id(p): g for g in wrapper.optimizer.param_groups for p in g["params"]}
+    groups = {id(p): g for g in adamw(model, 12, optim).param_groups for p in g["params"]}
     assert len(groups) == sum(p.requires_grad for p in model.parameters())
-    scale = lambda p: round(groups[id(p)]["lr"] / optim.lr, 7)  # noqa: E731
+    scale = lambda p: round(groups[id(p)]["lr_scale"], 7)  # noqa: E731
     decay = lambda p: groups[id(p)]["weight_decay"]  # noqa: E731
     b = model.backbone
     assert scale(b.patch_embed.proj.weight) == scale(b.pos_embed) == 0.0096889
@@ -278,8 +272,7 @@ def test_the_tables_that_blocks_share_have_no_weight_decay_in_mimdets_protocol_a
     assert len(tables) == 2
     for name, expected in (("coco_asl", {0.0}), ("coco_vitdet", {0.1})):
         optim = transfer_recipe("coco", name).science.optim
-        wrapper = LayerDecay({"type": "OptimWrapper"}, {"depth": 12, "optim": optim})(model)
-        groups = wrapper.optimizer.param_groups
+        groups = adamw(model, 12, optim).param_groups
         assert {g["weight_decay"] for g in groups for p in g["params"] if id(p) in tables} == expected
         assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
@@ -330,15 +323,31 @@ def test_keys_that_came_later_leave_the_hash_of_other_protocols_alone(name, hash
 )
 def test_the_lr_follows_the_papers_schedule(kind, name, at):
     """At 10,000 iterations, 10 of them warm-up."""
+    short = transfer_recipe(kind, name).science.optim.model_copy(update={"warmup": 10})
+    for step, lr in at.items():
+        assert learning_rate(short, step, 10_000) == pytest.approx(lr, rel=1e-3, abs=1e-7), step
+
+
+AFTER_WARMUP = {
+    "steps": lambda o, total: {"type": "MultiStepLR", "milestones": [round(m * total) for m in o.milestones]},
+    "cosine": lambda o, total: {"type": "CosineAnnealingLR", "T_max": total - o.warmup, "begin": o.warmup},
+    "linear": lambda o, total: {"type": "PolyLR", "power": 1.0, "eta_min": 0.0, "begin": o.warmup},
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 2, 30])
+@pytest.mark.parametrize("name", ["coco_vitdet", "coco_asl", "ade20k_mae"])
+def test_the_lr_is_mmengines_at_every_step(name, warmup):
     from mmengine.registry import PARAM_SCHEDULERS
 
-    o = transfer_recipe(kind, name).science.optim
-    short = o.model_copy(update={"warmup": 10})
+    total = 200
+    o = transfer_recipe(name.split("_")[0], name).science.optim.model_copy(update={"warmup": warmup})
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=o.lr)
-    schedulers = [PARAM_SCHEDULERS.build({**c, "optimizer": optimizer}) for c in schedule(short, 10_000)]
-    for step in range(max(at) + 1):
-        if step in at:
-            assert optimizer.param_groups[0]["lr"] == pytest.approx(at[step], rel=1e-3, abs=1e-7), step
+    linear = {"type": "LinearLR", "start_factor": o.warmup_factor, "begin": 0, "end": warmup}
+    configs = [linear] * (warmup > 0) + [{**AFTER_WARMUP[o.decay](o, total), "end": total}]
+    schedulers = [PARAM_SCHEDULERS.build({**c, "by_epoch": False, "optimizer": optimizer}) for c in configs]
+    for step in range(total):
+        assert learning_rate(o, step, total) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15)
         optimizer.step()
         for s in schedulers:
             s.step()
@@ -346,8 +355,12 @@ def test_the_lr_follows_the_papers_schedule(kind, name, at):
 
 def test_milestones_are_vitdets_and_caes():
     vitdet, cae = (transfer_recipe("coco", n).science for n in ("coco_vitdet", "coco_ccmim"))
-    assert schedule(vitdet.optim, vitdet.iterations)[1]["milestones"] == [163889, 177546]
-    assert schedule(cae.optim, 12 * 3665)[1]["milestones"] == [9 * 3665, 11 * 3665]
+    for o, total, milestones in (
+        (vitdet.optim, vitdet.iterations, [163889, 177546]),
+        (cae.optim, 12 * 3665, [9 * 3665, 11 * 3665]),
+    ):
+        falls = [s for s in range(o.warmup + 1, total) if learning_rate(o, s, total) < learning_rate(o, s - 1, total)]
+        assert falls == milestones
 
 
 def test_every_rank_reads_its_part_of_one_order_from_any_step_on():

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from sslbench.data import open_split
 from sslbench.recipe import Augment, find_recipe, read_tree, resolve
-from sslbench.train.job import Job
+from sslbench.train.job import Pretraining
 from sslbench.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -64,7 +64,7 @@ def test_a_recipes_interpolation_is_that_of_its_views_wherever_they_are_cut():
            for kernel in ("bicubic", "bilinear")]  # fmt: skip
     assert 0.01 < (cut[0] - cut[1]).abs().mean() < 0.5
     recipe = resolve(read_tree(find_recipe("mocov3/vit_b16_imagenet")), "mocov3/vit_b16_imagenet")
-    assert recipe.science.augment.interpolation == Job(recipe).interpolation == "bilinear"
+    assert recipe.science.augment.interpolation == Pretraining(recipe).interpolation == "bilinear"
 
 
 @given(st.integers(4, 300), st.integers(4, 300), st.integers(0, 2**31))

@@ -145,14 +145,14 @@ def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
     assert isinstance(data, MemoryImages)
     if recipe.science.batch_size > len(data):
         raise UserError(f"a batch of {recipe.science.batch_size} is more than the {len(data)} images that bench reads")
-    step_module = TrainStep(build(recipe))
+    method = build(recipe)
     if recipe.machine.compile:
-        step_module.method.compile()
-    model, optimizer = fabric.setup(step_module, adamw(step_module.method, recipe.science.optim))
+        method.compile()
+    model, optimizer = fabric.setup(TrainStep(method), adamw(method, recipe.science.optim))
     s = recipe.science
     loader = MicroBatches(
         data, seed=0, micro=s.batch_size, world=1, accumulation=1, rank=0, device=fabric.device,
-        crops=step_module.method.crops, image_size=s.data.image_size or 0, crop_scale=s.augment.crop_scale, workers=0,
+        crops=method.crops, image_size=s.data.image_size or 0, crop_scale=s.augment.crop_scale, workers=0,
         interpolation=s.augment.interpolation,
     )  # fmt: skip
     generator = torch.Generator(fabric.device).manual_seed(0)
@@ -164,7 +164,7 @@ def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
         fabric.backward(model(images, generator)["loss"])
         optimizer.step()
         optimizer.zero_grad()
-        step_module.method.after_step(0.5)
+        method.after_step(0.5)
         _wait(fabric.device)
         if i < 2:  # allocation, and compilation where asked for
             loader.wait_s, began, end = 0.0, time.perf_counter(), time.perf_counter() + seconds

@@ -25,7 +25,7 @@ from ..losses import recorded_gathers
 from ..method import Method
 from ..recipe import Batch, Recipe, length
 from ..train.build import flops_per_image
-from ..train.job import Job
+from ..train.job import Pretraining
 from ..train.loop import fit
 from ..train.run import read_run
 from ..train.shard import shards, units
@@ -147,7 +147,7 @@ def calibrate(recipe: Recipe, spec: str, images: int, batch: int, micro: int, se
         s.epochs = steps / per_epoch
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
-            fit(Job(short), Path(folder), Console(quiet=True), progress=False)
+            fit(Pretraining(short), Path(folder), Console(quiet=True), progress=False)
             took = time.perf_counter() - began
             measured = _read(Path(folder), batch, spec)
         more = int(min(200, steps * seconds / took))
@@ -188,7 +188,7 @@ def bytes_sent(recipe: Recipe, batch: Batch) -> float:
         flops_per_image(recipe)  # on shapes alone, of two images
     method = next(m for m, _ in called if isinstance(m, Method))
     gradients: float = sum(p.nbytes for p in method.parameters() if p.requires_grad)
-    if shards(Job(recipe), batch):
+    if shards(Pretraining(recipe), batch):
         size = {m: sum(p.nbytes for p in m.parameters()) for m in (method, *units(method))}
         whole = 2 * size[method] - sum(size.values())  # all but the units
         parts = sum(size[m] * (2 if back else 1) for m, back in called if m in size and m is not method)

@@ -75,6 +75,20 @@ def _shield() -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def delivered(loader: DataLoader[Any]) -> Generator[tuple[Any, float]]:
+    """The loader's batches, each with the seconds that it was waited for. To be closed: its processes end with it."""
+    batches = iter(loader)
+    try:
+        for _ in range(len(loader)):
+            begin = time.perf_counter()
+            batch = next(batches)
+            yield batch, time.perf_counter() - begin
+    finally:
+        del batches  # and its processes, though a traceback may hold this frame
+        for stuck in multiprocessing.active_children():  # torch would ask them to end by SIGTERM, which is blocked
+            stuck.kill()
+
+
 class MicroBatches:
     """This rank's micro-batches, uint8 on the device, from a step on to the end of the run.
 
@@ -141,21 +155,15 @@ class MicroBatches:
             collate_fn=_collate,
             **decoders(self.workers, self.device),
         )
-        batches = iter(loader)
-        try:
-            for _ in range((last - first) * self.accumulation):
-                begin = time.perf_counter()
-                images, labels, corrupt = _received(next(batches))
-                self.wait_s += time.perf_counter() - begin
+        with contextlib.closing(delivered(loader)) as batches:
+            for batch, waited_s in batches:
+                images, labels, corrupt = _received(batch)
+                self.wait_s += waited_s
                 self.corrupt.update(corrupt)
                 if corrupt and self.world == 1:
                     self.check_corrupt()
                 images = images.to(self.device, non_blocking=True)
                 yield (images, labels.to(self.device, non_blocking=True)) if self.labelled else images
-        finally:
-            del batches  # and its processes, though a traceback may hold this frame
-            for stuck in multiprocessing.active_children():  # torch would ask them to end by SIGTERM, which is blocked
-                stuck.kill()
 
     def check_corrupt(self) -> None:
         """RunFailed where too many files of the set could not be read; of several ranks, to be asked by all together,
@@ -186,6 +194,9 @@ class _Keys:
 
     def __init__(self, batches: MicroBatches, first: int, last: int) -> None:
         self.batches, self.first, self.last = batches, first, last
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.batches.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch, index in self.batches.indices(self.first, self.last):

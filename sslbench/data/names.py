@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from ..plugin import is_plugin
+
 
 def data_name(spec: str) -> str:
     """What a data SPEC is called in names and hashes: without the folder it lies in. `npz:/a/b.npz` -> `b`."""
@@ -15,6 +17,8 @@ def data_name(spec: str) -> str:
         if kind == "packed":
             parts.append(_packed_name(Path(where).expanduser()))
             continue
+        if is_plugin(part):
+            kind = where
         name = Path(where).stem if kind in ("npz", "folder", "wds", "hfds") and where else kind
         if kind in ("folder", "imagenet") and "@" in where:  # PATH@FILE: what FILE lists
             name = Path(where.rpartition("@")[2]).stem

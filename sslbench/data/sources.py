@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from PIL import Image
 
 from ..errors import UserError, nearest
 from ..paths import data_root
+from ..plugin import is_plugin, load_plugin
 from .hub import open_hub
 from .images import EXTENSIONS, HIDDEN, FolderImages, ImageSet, JoinedImages, MemoryImages, PackedImages, is_image
 from .layouts import published, tiny_imagenet
@@ -52,6 +54,8 @@ def open_split(spec: str, split: str) -> ImageSet:
         return _builtin(split)
     if not colon:
         return _bare(spec, split)
+    if is_plugin(spec):
+        return _of_function(spec, split)
     if not where:
         raise UserError(f"data '{spec}': say where, as {kind}:PATH")
     path = Path(where).expanduser()
@@ -173,6 +177,22 @@ def _builtin(split: str) -> MemoryImages:
     strips = [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes()))) for a, b in pairwise(offsets)]
     images = torch.from_numpy(np.concatenate(strips).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2).contiguous()
     return MemoryImages("builtin", split, images, torch.from_numpy(labels.astype(np.int64)), classes)
+
+
+def _of_function(spec: str, split: str) -> ImageSet:
+    """What the function says that FILE.py:NAME names, asked for "train" or "val": an ImageSet of this package."""
+    try:
+        images = load_plugin(spec, "function of images")(split)
+    except (OSError, LookupError, TypeError, ValueError) as e:
+        raise UserError(f"data '{spec}': {type(e).__name__} for split '{split}': {e}") from e
+    if not isinstance(images, ImageSet):
+        known = ", ".join(kind.__name__ for kind in get_args(ImageSet))
+        raise UserError(f"data '{spec}': expected one of sslbench.data's {known}; found {type(images).__name__}")
+    if images.labels is not None and len(images.labels) != len(images):
+        raise UserError(f"data '{spec}': {len(images)} images of {split}, and {len(images.labels)} labels")
+    if not len(images):
+        raise UserError(f"data '{spec}': no images of {split}")
+    return replace(images, name=data_name(spec), split=split)
 
 
 def _npz(path: Path, split: str) -> MemoryImages:

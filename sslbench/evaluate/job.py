@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import ImageSet, data_name, subset
 from ..files import digest
 from ..recipe import Batch
-from ..train.job import Job
+from ..train.job import ImageJob
 from .features import Subject, origin, view_of
 from .labels import list_facts, list_of, protocol_name
 
@@ -24,7 +24,7 @@ def protocol_hash(science: BaseModel, pool: str, image_size: tuple[int, ...], vi
     return digest({**science.model_dump(mode="json"), "pool": pool, "image_size": [*image_size], **view})
 
 
-class LabelledJob(Job):
+class LabelledJob(ImageJob):
     """One recipe on one subject and one data set. Subclasses say what to build, and how to score it."""
 
     too_large = "use --set science.batch_size="

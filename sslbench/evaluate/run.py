@@ -30,6 +30,7 @@ from ..views import CropScale
 from .attentive import Attentive, AttentiveJob
 from .features import Subject, contents, extract, find_weights, fine_tuned, newest_run, open_subject, view_of
 from .finetune import Finetune, FinetuneJob, load_classifier, predict
+from .function import Function
 from .job import LabelledJob, protocol_hash
 from .labels import LabelShare, list_facts, list_of, protocol_name
 from .linprobe import linear_right
@@ -83,8 +84,8 @@ TRAINED = Finetune | AugmentedProbe | Attentive  # by the loop, in a run folder 
 
 class EvalRecipe(Strict):
     name: str
-    science: Knn | HeldOutKnn | Linprobe | AugmentedProbe | Attentive | Finetune | Robustness | Geometry = Field(
-        discriminator="protocol"
+    science: Knn | HeldOutKnn | Linprobe | AugmentedProbe | Attentive | Finetune | Robustness | Geometry | Function = (
+        Field(discriminator="protocol")
     )
     machine: Machine = Machine()
 
@@ -94,6 +95,8 @@ def eval_recipe(kind: str, name: str | None = None, sets: list[str] | None = Non
     path = find_recipe(name or kind, "eval")
     tree = merge(read_tree(path, "eval"), parse_sets(sets or []))
     recipe = validate(EvalRecipe, {**tree, "name": path.stem}, path.stem)
+    if isinstance(recipe.science, Function):
+        recipe.name = recipe.science.name
     shorten_warmup(recipe.science, parse_sets(sets or []).get("science", {}))
     if recipe.science.protocol.removesuffix("_augmented") != kind:
         raise UserError(f"recipe {path.stem} is of protocol {recipe.science.protocol}, not {kind}")
@@ -196,6 +199,10 @@ def evaluate(
         values: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
             ("knn_top1" if k == s.main_k else f"knn_top1_k{k}", v, {"k": k}) for k, v in by_k.items()
         ]
+    elif isinstance(s, Function):
+        seed = own if seed is None else seed
+        right = s.right(features["train"], train.labels, features["val"], val.labels, seed)
+        values = [("function_top1", right, {})]
     else:
         assert isinstance(s, Linprobe)
         seed = own if seed is None else seed
@@ -212,6 +219,7 @@ def evaluate(
             momentum=s.momentum,
             weight_decay=s.weight_decay,
             seed=seed,
+            device=device,
         )
         values = [("linprobe_top1", right, {"lr": lr, **list_facts(train, s.labels, chosen)})]
     side, cost = subject.encoder.image[0], spent.after()

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..files import tensors_sha256
 from ..recipe import Recipe
 from ..train.build import build
-from ..train.job import Job
+from ..train.job import Pretraining
 from ..train.loop import fit
 from ..train.start import Start
 from ..vit import PLAIN, get_arch
@@ -69,7 +69,7 @@ def read_start(recipe: Recipe) -> Start:
 def pretrain(recipe: Recipe, folder: Path, console: Console, progress: bool = True) -> str:
     """Pre-train `recipe` in `folder`, from weights where it says so; see `train.loop.fit`."""
     start = read_start(recipe) if recipe.science.init else None
-    return fit(Job(recipe, start), folder, console, progress)
+    return fit(Pretraining(recipe, start), folder, console, progress)
 
 
 def _beside(source: str, subject: Subject) -> tuple[dict[str, Tensor], tuple[str, ...]]:

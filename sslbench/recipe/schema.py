@@ -9,8 +9,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 from ..data import data_name
 from ..files import digest
 from ..method import name_of
-from ..strict import Strict
+from ..strict import Strict, validate
 from ..views import Augment
+from ..vit import arch_name
 
 
 class Data(Strict):
@@ -47,9 +48,26 @@ def _init(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
+def _arch(value: Any) -> Any:
+    """`{patch: 8, dim: 384, depth: 12, heads: 6}` -> the name that says so."""
+    if not isinstance(value, dict):
+        return value
+    return arch_name(**validate(Sizes, value, "of an arch of your own", "science.arch.").model_dump())
+
+
+class Sizes(Strict):
+    """A ViT of one's own."""
+
+    patch: int
+    dim: int
+    depth: int
+    heads: int
+    image: int | None = None  # pixels a side of its views; None: 32 for patches of up to 4 pixels, else 224
+
+
 class Science(Strict):
     method: dict[str, Any]  # name, preset, and the method's own config
-    arch: str = "vit_b16"
+    arch: Annotated[str, BeforeValidator(_arch)] = "vit_b16"  # a name of vit.ARCHS, or its sizes
     data: Data = Data()
     augment: Augment = Augment()
     epochs: Epochs = Field(800, ge=0)  # a part of an epoch is that part of its steps

@@ -22,7 +22,7 @@ from ..paths import home, inspected
 from ..study.printed import read_paper
 from ..study.tables import paper_rows
 from ..train.meter import read_metrics
-from ..vit import ARCHS, parameters_of
+from ..vit import find_arch, parameters_of
 from .figures import GREY, STYLE, WIDTH, colour_of, label_of, log_costs, name_points
 from .tables import Cell, Row, Table
 
@@ -283,7 +283,7 @@ def _devices(table: Table) -> list[str]:
 
 def _area(arch: str) -> float:
     """Of a bubble, by the root of the parameters: ViT-L has 300 times those of the smallest."""
-    return 0.024 * (parameters_of(arch) if arch in ARCHS else 1e6) ** 0.5
+    return 0.024 * (parameters_of(arch) if find_arch(arch) else 1e6) ** 0.5
 
 
 def _folders(row: Row) -> list[Path]:

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import ImageSet
 from ..data.loader import evaluation_sample
 from ..geometry import effective_rank, spread, uniformity
 from ..method import Method
 from ..views import normalise
-from ..vit import VisionTransformer, pool_tokens
+from ..vit import pool_tokens
 
 IMAGES = 256  # that the collapse meters look at
 
 
-def term_gradients(losses: dict[str, Tensor], encoder: VisionTransformer, fabric: Fabric) -> dict[str, float]:
+def term_gradients(losses: dict[str, Tensor], encoder: nn.Module, fabric: Fabric) -> dict[str, float]:
     """Measure how the loss terms, as weighted in the total, pull at the encoder: norms of gradients, cosines of pairs.
 
     The terms are the entries of `losses` but "loss" that need grad; without any, "loss" is the only one. One backward
@@ -56,14 +56,14 @@ class CollapseMeters:
 
     def __init__(self, data: ImageSet, method: Method, device: torch.device, limit: int) -> None:
         views = evaluation_sample(data, min(IMAGES, limit), method.encoder.image[0])
-        self.images = normalise(views.to(device), method.augment.mean, method.augment.std)
+        self.method, self.images = method, normalise(views.to(device), method.augment.mean, method.augment.std)
 
     @torch.no_grad()
-    def read(self, method: Method, fabric: Fabric) -> dict[str, float]:
-        encoder, training = method.encoder, method.encoder.training
+    def read(self, fabric: Fabric) -> dict[str, float]:
+        encoder, training = self.method.encoder, self.method.encoder.training
         encoder.eval()  # an evaluation drops no path
         with fabric.autocast():
-            features = pool_tokens(encoder(self.images), method.pool)
+            features = pool_tokens(encoder(self.images), self.method.pool)
         encoder.train(training)
         return {k: v.item() for k, v in collapse(features.float()).items()}
 

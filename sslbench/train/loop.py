@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,17 @@ from lightning_fabric.strategies import DDPStrategy
 from rich.console import Console
 
 from .. import provenance
-from ..data.loader import MicroBatches
 from ..device import bf16_is_fast, default_device, keep_freed_memory
 from ..errors import Interrupted, RunFailed, UserError, full, is_full, lost_loader
-from ..method import Method
 from ..recipe import Batch, Machine
 from ..signals import Signals
 from .clock import Clock
-from .diagnose import CollapseMeters
 from .job import Job, on
 from .launch import agree, environment, meet
 from .meter import Metrics, Running, Stopwatch, note, progress_bar
-from .optim import learning_rate
 from .run import Run, check_same, hold, newest, read_run
 from .shard import sharding, shards, unsharded
 from .step import Learner
-from .watch import Watch
 
 
 def resolve_precision(machine: Machine, device: str) -> str:
@@ -65,8 +60,8 @@ def make_fabric(machine: Machine, sharded: bool = False) -> Fabric:
         )
 
 
-def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Callable[..., None] | None = None) -> str:
-    """Do `job` in `folder`, from its newest checkpoint where it has one. by: what trains; `train` if left out.
+def fit(job: Job, folder: Path, console: Console, progress: bool = True) -> str:
+    """Do `job` in `folder`, from its newest checkpoint where it has one.
 
     Returns "finished", or "already finished" where there was nothing to do. Raises UserError (input), RunFailed
     (non-finite loss, unreadable data), Interrupted (a signal; the folder can be resumed).
@@ -96,7 +91,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
     run = Run(job, folder, fabric, previous)
     try:
         with Signals() as signals:
-            (by or train)(run, batch, data, signals, console, progress and fabric.is_global_zero)
+            train(run, batch, data, signals, console, progress and fabric.is_global_zero)
     except Interrupted:
         run.write("interrupted")
         raise
@@ -130,8 +125,10 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     provenance.reset_peak_memory(fabric.device.type)
     learner = Learner(job, batch, fabric)
     method = learner.method
-    loader = _loader(job, method, data, batch, fabric)
-    per_epoch, total = loader.steps_per_epoch, round(loader.steps_per_epoch * job.epochs)
+    for warning in job.warnings(method, batch):
+        console.print(warning, markup=False)
+    loader = job.batches(data, method, batch, fabric)
+    per_epoch, total = loader.steps_per_epoch, job.steps(loader.steps_per_epoch)
     clock = _clock(run, batch, total, per_epoch)
     save_every = machine.saves_every(per_epoch, per_epoch if clock.seconds else total)
 
@@ -152,9 +149,8 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     running, watch = Running(), Stopwatch()
     here = fabric.is_global_zero
     metrics = Metrics(run.folder, start, machine.tensorboard) if here else None
-    meters = CollapseMeters(data, method, fabric.device, batch.total) if here or learner.sharded else None
-    watched = machine.watch and job.kind == "pretrain" and here and not learner.sharded
-    knn = Watch(data, batch.total) if watched else None
+    meters = job.meters(data, method, batch, fabric.device) if here or learner.sharded else None
+    knn = job.watch(data, method, batch) if here and not learner.sharded else None
     milestones = [share for share in sorted(machine.keep_at) if share > clock.share(start)]
 
     end = start if state and state.get("over") else clock.steps
@@ -162,10 +158,11 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
         task = bar.add_task(run.label, total=1.0, note="")
         bar.update(task, completed=clock.share(start))
         for step in range(start, end):
-            lr = learning_rate(job.optim, batch.total, clock.epoch(step), job.epochs)
+            lr = job.learning_rate(step, clock.epoch(step))
             look = (step + 1) % machine.meters_every == 0 or step + 1 == total
             seen: dict[str, float] = {}  # what metrics.jsonl gets of this step
-            values = learner.one_step(step, micro_batches, lr, seen if look else None)
+            with run.count_flops(batch):
+                values = learner.one_step(step, micro_batches, lr, seen if look and job.pulls else None)
             clock.tick()
             run.steps = step + 1
             share = clock.share(run.steps)
@@ -187,9 +184,9 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 )
             if look and meters:
                 with unsharded(learner.module):
-                    seen.update(meters.read(method, fabric))
+                    seen.update(meters.read(fabric))
             if knn and knn.due(share, run.wall_s(), run.images_per_s(start)):
-                seen["knn_watch"] = knn.look(method, fabric)
+                seen["knn_watch"] = knn.look(fabric)
             while milestones and share >= milestones[0]:
                 run.keep(learner.module, milestones.pop(0))
             if log:
@@ -214,27 +211,6 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
     run.finish(learner.module)
 
 
-def _loader(job: Job, method: Method, data: Any, batch: Batch, fabric: Fabric) -> MicroBatches:
-    """What feeds this device: images of one forward pass, or of all the passes that a gradient cache makes one of."""
-    return MicroBatches(
-        data,
-        seed=job.seed,
-        micro=batch.micro * batch.passes,
-        world=batch.world,
-        accumulation=batch.accumulation,
-        rank=fabric.global_rank,
-        device=fabric.device,
-        crops=method.crops,
-        image_size=job.image_size,
-        crop_scale=job.crop_scale,
-        crop_tries=job.crop_tries,
-        interpolation=job.interpolation,
-        workers=job.machine.workers,
-        distort=job.distort,
-        labelled=job.labelled,
-    )
-
-
 def _clock(run: Run, batch: Batch, total: int, per_epoch: int) -> Clock:
     """What says when the run ends: after `total` steps, or when its device's time is spent."""
     minutes = run.job.device_minutes
@@ -248,7 +224,7 @@ def of_this(run: Run, step: int) -> Iterator[None]:
     """Loading a checkpoint: what does not fit was of another run."""
     try:
         yield
-    except (RuntimeError, ValueError) as e:
+    except (RuntimeError, ValueError, KeyError) as e:
         raise UserError(
             f"the checkpoint of step {step} in {run.checkpoints} is not of this {run.label}: "
             f"{' '.join(str(e).split())[:200]}; remove it, or choose another folder with --out"

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import provenance
-from ..data.loader import MicroBatches
 from ..errors import RunFailed, UserError
 from ..files import hashes, write_atomically, write_json
-from ..recipe import Machine, dump, load_yaml
-from .job import Job, on
+from ..recipe import Batch, Machine, dump, load_yaml
+from .build import CPU_ATTENTION
+from .job import Batches, Job, on
 from .shard import whole_moments, whole_weights
 from .state import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint
 from .step import TrainStep
@@ -43,7 +46,7 @@ class Run:
         self.steps = 0
         self.info: dict[str, Any] = {}
         self.kept: dict[str, Any] = previous.get("kept", {})  # weights on the way: file name -> share, step, cost, hash
-        self.flops_per_image: float | None = 0.0
+        self.flops_per_image: float | None = None
         self.began = time.perf_counter()
 
     def begin(self, fingerprint: str, total: int | None, per_epoch: int) -> None:
@@ -61,7 +64,8 @@ class Run:
                 "precision": self.precision,
             },
         }
-        self.flops_per_image = self.job.flops_per_image()
+        known = self.job.flops_per_image()
+        self.flops_per_image = self.flops_per_image if known is None else known
         self.began, self.energy = time.perf_counter(), provenance.EnergyMeter(self.fabric.device.type)
         if self.fabric.is_global_zero:
             write_atomically(self.folder / "recipe.yaml", dump(on(self.job, self._machine()).recipe).encode())
@@ -82,6 +86,7 @@ class Run:
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's cost."""
         self.cost, self.resumed = {**self.cost, **state["cost"]}, self.resumed + 1
+        self.flops_per_image = state.get("flops_per_image", self.flops_per_image)
         code = self.previous.get("code", {})
         self.earlier = [*code.get("earlier", []), code.get("commit")]
 
@@ -90,6 +95,16 @@ class Run:
         now = provenance.code()
         earlier = [commit for commit in dict.fromkeys(self.earlier) if commit != now["commit"]]
         return {**now, "earlier": earlier} if earlier else now
+
+    @contextlib.contextmanager
+    def count_flops(self, batch: Batch) -> Iterator[None]:
+        """Count those of the step within, where nobody could know before what an image costs."""
+        if self.flops_per_image is not None:
+            yield
+            return
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            yield
+        self.flops_per_image = counter.get_total_flops() * batch.world / batch.total
 
     def to_keep(self) -> dict[str, Any]:
         """What `resume` takes up."""
@@ -132,7 +147,7 @@ class Run:
         }
         write_json(self.folder / "run.json", record)
 
-    def save(self, step_module: TrainStep, optimizer: Any, loader: MicroBatches, over: bool) -> None:
+    def save(self, step_module: TrainStep, optimizer: Any, loader: Batches, over: bool) -> None:
         """A checkpoint. over: the run ends here, which a timed run knows from nothing else."""
         self.info["substituted"] = len(loader.corrupt)
         weights, moments = whole_weights(step_module), whole_moments(optimizer)
@@ -142,6 +157,7 @@ class Run:
                 "optimizer": moments,
                 "precision": self.fabric.strategy.precision.state_dict(),  # fp16's scale of the loss
                 "cost": self.to_keep(),
+                "flops_per_image": self.flops_per_image,
                 "corrupt": sorted(loader.corrupt),
                 "over": over,
             }

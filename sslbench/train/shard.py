@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError
 from ..recipe import Batch
-from ..vit import ARCHS, Block
+from ..vit import ARCHS, Block, find_arch
 from .job import Job
 
 FROM = "vit_h14"  # and wider: `auto` shards
@@ -27,7 +27,7 @@ FROM = "vit_h14"  # and wider: `auto` shards
 
 def shards(job: Job, batch: Batch) -> bool:
     """Whether machine.strategy means sharding. UserError where it says so and something else does not go with it."""
-    machine, arch = job.machine, ARCHS.get(str(job.identity["arch"]))
+    machine, arch = job.machine, find_arch(str(job.identity["arch"]))
     wide = arch is not None and arch.dim >= ARCHS[FROM].dim
     if batch.world == 1 or machine.strategy == "ddp" or (machine.strategy == "auto" and not wide):
         return False

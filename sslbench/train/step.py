@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.loader import seed_of
 from ..draws import Draws
-from ..method import Method
+from ..method import Trainable
 from ..recipe import Batch
 from .cache import average_gradients, cached_backward
 from .diagnose import term_gradients
@@ -25,14 +25,14 @@ from .shard import load_optimizer
 class TrainStep(nn.Module):
     """uint8 images -> losses, as one module, so that precision and data parallelism wrap all of it."""
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Trainable) -> None:
         super().__init__()
         self.method = method
 
     def forward(
         self, batch: Any, generator: torch.Generator, look: Callable[[dict[str, Tensor]], None] | None = None
     ) -> dict[str, Tensor]:
-        """batch: images, or (images, labels) for what learns from labels.
+        """batch: images, (images, labels) for what learns from labels, or what the job's module takes in their place.
 
         `look` is shown the losses with their graph; what goes out of here may only be given to fabric.backward.
         """
@@ -56,7 +56,7 @@ class Learner:
         self.job, self.batch, self.fabric = job, batch, fabric
         torch.manual_seed(seed_of("weights", job.seed))
         self.module = TrainStep(job.build())
-        self.method = self.module.method
+        self.method: Any = self.module.method  # compile and a gradient cache, where used, need it to be a Method
         self.draws = Draws(fabric.device)
         if job.machine.compile:
             self._compile()
@@ -148,12 +148,12 @@ class Learner:
         return views
 
     def _clip(self) -> Tensor:
-        """The norm of the whole gradient, before it is clipped to job.optim.clip_grad."""
+        """The norm of the whole gradient, before it is clipped to job.clip_grad."""
         if self.batch.passes > 1 and self.batch.world > 1:
             average_gradients(self.method)
         if self.scaler is not None:  # by hand: Fabric does not unscale for a fused optimiser
             self.scaler.unscale_(self.optimizer.optimizer)
         norm: Any = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
-        if self.job.optim.clip_grad:
-            nn.utils.clip_grads_with_norm_(self.method.parameters(), self.job.optim.clip_grad, norm)
+        if self.job.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.method.parameters(), self.job.clip_grad, norm)
         return norm.full_tensor() if self.sharded else norm

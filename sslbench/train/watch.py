@@ -27,9 +27,9 @@ SHARE = 0.02  # of the run's time, at most
 class Watch:
     """Looks about ten times a run, where that costs at most 2 % of the time so far; less often in a short run."""
 
-    def __init__(self, data: ImageSet, limit: int) -> None:
+    def __init__(self, data: ImageSet, method: Method, limit: int) -> None:
         """limit: images that the encoder takes at once."""
-        self.data, self.limit = data, limit
+        self.data, self.method, self.limit = data, method, limit
         self.parts: list[tuple[Tensor, Tensor]] | None = None  # (views, labels) of the bank and of the queries
         self.spent_s = self.look_s = 0.0
         self.last = 0  # tenths of the run; a start is no look
@@ -46,9 +46,9 @@ class Watch:
         return True
 
     @torch.no_grad()
-    def look(self, method: Method, fabric: Fabric) -> float:
+    def look(self, fabric: Fabric) -> float:
         """Top-1 in percent of the queries by the 20 nearest of the bank, on the feature that the method is read by."""
-        began = time.perf_counter()
+        began, method = time.perf_counter(), self.method
         if self.parts is None:
             rest, tenth = held_out(len(self.data))
             self.parts = [self._views(rest, BANK, method), self._views(tenth, QUERIES, method)]

@@ -15,9 +15,9 @@ from ..data.labelled import ADE20K_CLASSES, Labelled, accept, open_ade20k
 from ..errors import UserError
 from . import loading  # noqa: F401 - registers how a photograph is read
 from .backbone import backbone_config, pixels
+from .job import Split
 from .necks import norm_cfg
 from .protocol import Ade20k
-from .run import Split
 from .runner import pictures, test
 
 SCOPE = "mmseg"
@@ -144,7 +144,7 @@ def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, floa
     """({metric: percent}, condition)."""
     scores = test(job, net, folder, fabric, MeanIoU())
     values = {name: scores[name] for name in ("miou", "aacc", "macc")}
-    return values, {"iterations": job.total(job.batch_size), "classes": scores["classes"]}
+    return values, {"iterations": job.total, "classes": scores["classes"]}
 
 
 def draw(job: Any, net: Any, folder: Path) -> None:

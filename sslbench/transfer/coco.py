@@ -17,9 +17,9 @@ from ..data.labelled import Labelled, accept, mend, open_coco, read_instances
 from ..errors import UserError
 from . import loading  # noqa: F401 - registers how a photograph is read
 from .backbone import backbone_config, pixels
+from .job import Split
 from .necks import norm_cfg
 from .protocol import Coco, Lsj, MultiScale
-from .run import Split
 from .runner import pictures, test
 
 SCOPE = "mmdet"
@@ -245,7 +245,7 @@ def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, floa
         answers = json.loads(Path(f"{prefix}.{kind}.json").read_text())
         stats = _average_precision(truth, answers, kind)
         values |= {f"{name}_{n}": 100 * max(0.0, x) for n, x in zip(NAMES, stats, strict=False)}
-    return values, {"iterations": job.total(job.batch_size)}
+    return values, {"iterations": job.total}
 
 
 def _average_precision(truth: COCO, answers: list[dict[str, Any]], kind: str) -> list[float]:
