@@ -14,7 +14,7 @@ from .errors import UserError, nearest
 from .paths import bundled
 from .plugin import import_file
 from .strict import Strict
-from .views import Augment
+from .views import Augment, Crop
 from .vit import VisionTransformer
 
 
@@ -49,6 +49,10 @@ class Method(Trainable):
     def __init__(self, config: Any, encoder: VisionTransformer, augment: Augment) -> None:
         super().__init__()
         self.config, self.encoder, self.augment = config, encoder, augment
+
+    def crop_list(self) -> list[Crop]:
+        """Of an image: for a method whose crops differ in size or scale, or that asks where they lie."""
+        return [Crop()] * self.crops
 
     def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """uint8 images (B, 3, H, W) on the device -> what forward takes. Draws from `generator` only.

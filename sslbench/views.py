@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -43,6 +44,37 @@ class Augment(Strict):
     flip: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A random crop of an image that a method asks for. None: as the recipe says."""
+
+    size: int | None = None  # pixels a side
+    scale: tuple[float, float] | None = None  # of the image's area
+
+
+class Crops:
+    """Crops that a loader's workers made, of several sizes, and where they lie: in place of images (B, 3, H, W)."""
+
+    def __init__(self, pixels: list[Tensor], places: Tensor) -> None:
+        """pixels: of each crop of the method's list, uint8 (B, 3, S, S). places: (B, crops, 4), as of `placed_crop`."""
+        self.pixels, self.places = pixels, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def device(self) -> torch.device:
+        return self.places.device
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Crops:
+        return Crops([x.to(device, non_blocking=non_blocking) for x in self.pixels], self.places.to(device))
+
+    def split(self, n: int) -> list[Crops]:
+        """In parts of n images."""
+        pixels = zip(*(x.split(n) for x in self.pixels), strict=True)
+        return [Crops(list(x), places) for x, places in zip(pixels, self.places.split(n), strict=True)]
 
 
 def crop_boxes(
@@ -129,7 +161,7 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def random_resized_crop(
-    images: Tensor,
+    images: Tensor | Crops,
     size: int,
     scale: tuple[float, float],
     flip: bool,
@@ -142,20 +174,44 @@ def random_resized_crop(
 
     The boxes are `crop_boxes`' of so many tries.
     images (B, C, H, W) uint8 are cropped here. (B, V, C, size, size) are V crops of each image that the loader's
-    workers have already made, where the images are too large or too varied to travel whole: `view` picks one.
+    workers have already made, where the images are too large or too varied to travel whole, and so are Crops: `view`
+    picks one.
     """
+    return placed_crop(images, size, scale, flip, generator, view, tries, interpolation)[0]
+
+
+def placed_crop(
+    images: Tensor | Crops,
+    size: int,
+    scale: tuple[float, float],
+    flip: bool,
+    generator: torch.Generator,
+    view: int = 0,
+    tries: int = 10,
+    interpolation: str = "bicubic",
+) -> tuple[Tensor, Tensor]:
+    """`random_resized_crop`, and where in the image each crop lies: (B, 4), top, left, height, width, as shares of the
+    image's height and width. Of a mirrored one, left is its right edge and width is below 0. NaN where nobody knows."""
     batch = len(images)
     mirrored = rand((batch,), generator) < 0.5 if flip else None
-    if images.ndim == 5:
-        crops = images[:, view].float()
-        if mirrored is not None:
-            crops = torch.where(mirrored.to(crops.device)[:, None, None, None], crops.flip(-1), crops)
-        return crops
-    h, w = images.shape[-2:]
-    top, left, height, width = crop_boxes(batch, (h, w), scale, generator, tries)
-    rows = resize_weights(top, height, h, size, interpolation=interpolation)
-    columns = resize_weights(left, width, w, size, mirrored, interpolation=interpolation)
-    return resample(images, rows.to(images.device), columns.to(images.device))
+    if isinstance(images, Tensor) and images.ndim == 4:
+        h, w = images.shape[-2:]
+        top, left, height, width = crop_boxes(batch, (h, w), scale, generator, tries)
+        rows = resize_weights(top, height, h, size, interpolation=interpolation)
+        columns = resize_weights(left, width, w, size, mirrored, interpolation=interpolation)
+        crops = resample(images, rows.to(images.device), columns.to(images.device))
+        places = torch.stack([top / h, left / w, height / h, width / w], 1).to(images.device)
+    elif isinstance(images, Tensor):
+        crops, places = images[:, view].float(), torch.full((batch, 4), torch.nan, device=images.device)
+    else:
+        crops, places = images.pixels[view].float(), images.places[:, view]
+    if mirrored is not None:
+        turned = mirrored.to(crops.device)
+        if not (isinstance(images, Tensor) and images.ndim == 4):
+            crops = torch.where(turned[:, None, None, None], crops.flip(-1), crops)
+        top, left, height, width = places.unbind(1)
+        places = torch.where(turned[:, None], torch.stack([top, left + width, height, -width], 1), places)
+    return crops, places
 
 
 def centre_window(size: tuple[int, int], crop: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -336,13 +336,17 @@ class VisionTransformer(nn.Module):
     def tokens(self, images: Tensor, keep: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
         """Embed images (B, 3, H, W), with CLS in front and positions added; behind the patches, what registers it has.
 
+        Images of another size than the encoder's have its positions resampled, as DINO's small crops have.
+
         keep: patch indices to embed, all others cost nothing. None -> (B, 1 + N, D); (B, K) -> (B, 1 + K, D);
         (B, G, K), G groups of the same image -> (B * G, 1 + K, D), row b * G + g being group g of image b.
         gain: factors on the projected patches before positions are added, such as a dropout's, (B, K, D).
         """
         patches = patchify(images, self.arch.patch)
         b = patches.shape[0]
-        positions = self.pos_embed[:, 1:].expand(b, -1, -1)
+        grid = (images.shape[-2] // self.arch.patch, images.shape[-1] // self.arch.patch)
+        table = resample_positions(self.pos_embed, self.grid, grid)
+        positions = table[:, 1:].expand(b, -1, -1)
         groups = 1
         if keep is not None:
             if keep.ndim == 3:

@@ -322,7 +322,8 @@ def test_crops_for_training_are_pils_within_a_tolerance(photographs, size, kerne
         width, height = data.read(i).size
         for box in ((0, 0, height, width), (3, 5, 140, 151), (40, 10, 129, 170)):
             quick, plain = (
-                data.use(i, lambda x, f=f, box=box: f(x, [box], size, kernel)[0]) for f in (decoded_crops, plain_crops)
+                data.use(i, lambda x, f=f, box=box: f(x, [box], [size], kernel)[0])
+                for f in (decoded_crops, plain_crops)
             )
             differ.append((quick.int() - plain.int()).abs().float())
     mean, worst = torch.stack(differ).mean(), torch.stack(differ).flatten().quantile(0.999)

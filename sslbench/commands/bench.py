@@ -152,7 +152,7 @@ def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
     s = recipe.science
     loader = MicroBatches(
         data, seed=0, micro=s.batch_size, world=1, accumulation=1, rank=0, device=fabric.device,
-        crops=method.crops, image_size=s.data.image_size or 0, crop_scale=s.augment.crop_scale, workers=0,
+        crops=method.crop_list(), image_size=s.data.image_size or 0, crop_scale=s.augment.crop_scale, workers=0,
         interpolation=s.augment.interpolation,
     )  # fmt: skip
     generator = torch.Generator(fabric.device).manual_seed(0)

@@ -175,7 +175,7 @@ def pictures(method: Method, images: Tensor) -> dict[str, Tensor]:
 
     A method of one view sees the images whole, so that its pictures lie beside the input; of two, its random views.
     """
-    if method.crops == 1:
+    if len(method.crop_list()) == 1:
         method.augment = method.augment.model_copy(update={"crop_scale": (1.0, 1.0), "flip": False})
     generator = torch.Generator(images.device).manual_seed(seed_of("inspect"))
     return method.pictures(method.build_views(images.to(torch.uint8), generator))
@@ -259,7 +259,7 @@ def write_page(
         views = "There is no checkpoint beside these weights: the method's own columns are left out."
     elif not any(c.title not in ENCODERS for c in columns):
         views = "The method draws no pictures of its own."
-    elif method.crops == 1:
+    elif len(method.crop_list()) == 1:
         views = "The method's own columns are of the whole image; training cuts a random crop of it first."
     else:
         views = "The method's own columns are of random views of the image, drawn as in training."

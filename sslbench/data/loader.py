@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..draws import seed_of
 from ..errors import RunFailed, UserError
 from ..provenance import cores
-from ..views import centred, place_boxes, resize_centre
+from ..views import Crop, Crops, centred, place_boxes, resize_centre
 from .images import ImageSet, MemoryImages, NoImage, PackedImages, rgb
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class MicroBatches:
         accumulation: int,
         rank: int,
         device: torch.device,
-        crops: int,
+        crops: int | list[Crop],
         image_size: int,
         crop_scale: tuple[float, float],
         workers: int,
@@ -114,13 +114,16 @@ class MicroBatches:
         distort: Callable[[Image.Image], Image.Image] | None = None,
         labelled: bool = False,
     ) -> None:
-        """distort: what to do to each crop while it is a PIL image, with draws from `random` and `numpy.random`.
-        labelled: yield (images, labels) instead of images."""
+        """crops: of each image, their number or what each is. distort: what to do to each crop while it is a PIL image,
+        with draws from `random` and `numpy.random`. labelled: yield (images, labels) instead of images."""
         self.data, self.seed, self.device, self.rank = data, seed, device, rank
         self.distort, self.labelled = distort, labelled
         self.micro, self.world, self.accumulation = micro, world, accumulation
         self.steps_per_epoch = len(data) // (micro * world * accumulation)
-        self.crop = (crops, image_size, crop_scale, crop_tries, interpolation)
+        asked = [Crop()] * crops if isinstance(crops, int) else crops
+        self.crops = [(c.size or image_size, c.scale or crop_scale) for c in asked]
+        self.plain = all(crop == Crop() for crop in asked)
+        self.law = (crop_tries, interpolation)
         self.workers = workers
         self.corrupt: set[int] = set()  # indices of files that could not be read
         self.wait_s = 0.0  # host time spent waiting for data
@@ -150,7 +153,7 @@ class MicroBatches:
                 yield (images, self.labels[index]) if self.labelled and self.labels is not None else images
             return
         loader = DataLoader(
-            _Decoded(self.data, self.seed, *self.crop, self.distort),
+            _Decoded(self.data, self.seed, self.crops, self.plain, *self.law, self.distort),
             batch_sampler=_Keys(self, first, last),
             collate_fn=_collate,
             **decoders(self.workers, self.device),
@@ -205,58 +208,83 @@ class _Keys:
 
 class _Decoded(Dataset[tuple[Tensor, int, list[int]]]):
     """(epoch, index) -> crops uint8 (V, 3, S, S), cut in the worker, their boxes a function of (seed, epoch, index);
-    the label, -1 where there is none; the indices that could not be read."""
+    the label, -1 where there is none; the indices that could not be read. Crops that are not `plain`, all of one size
+    and scale: a list of them, and their places (V, 4), as `views.placed_crop` says them."""
 
     def __init__(
         self,
         data: ImageSet,
         seed: int,
-        crops: int,
-        size: int,
-        scale: tuple[float, float],
+        crops: list[tuple[int, tuple[float, float]]],
+        plain: bool,
         tries: int,
         interpolation: str,
         distort: Callable[[Image.Image], Image.Image] | None = None,
     ) -> None:
-        self.data, self.seed, self.crops, self.size, self.scale = data, seed, crops, size, scale
+        """crops: the size and scale of each."""
+        self.data, self.seed, self.crops, self.plain = data, seed, crops, plain
         self.tries, self.interpolation, self.distort = tries, interpolation, distort
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int, list[int]]]:
         """What the loader asks for: a batch. Of a packed set all boxes at once, which saves a quarter of its time."""
         if not isinstance(self.data, PackedImages):
             return _delivered(lambda: [self[key] for key in keys])
-        draw = torch.cat([self._draw(*key) for key in keys], 1)
-        height, width = self.data.table[[index for _, index in keys], 1:3].repeat_interleave(self.crops, 0).split(1, 1)
-        boxes = torch.stack(place_boxes(draw, height, width, self.scale), 1).long().view(len(keys), self.crops, 4)
+        draw = torch.stack([self._draw(*key) for key in keys], 1)
+        boxes = self._boxes(draw, self.data.table[[index for _, index in keys], 1:3]).tolist()
         items = []
-        for (epoch, index), of_image in zip(keys, boxes.tolist(), strict=True):
-            image = torch.from_numpy(self.data.pixels(index))
-            views = [resized_crop(image, box, self.size, self.interpolation) for box in of_image]
-            items.append(self._finish(views, epoch, index, index, []))
+        for (epoch, index), of_image in zip(keys, boxes, strict=True):
+            pixels = self.data.pixels(index)
+            image, sizes = torch.from_numpy(pixels), [size for size, _ in self.crops]
+            views = [resized_crop(image, box, s, self.interpolation) for box, s in zip(of_image, sizes, strict=True)]
+            items.append(self._finish(views, of_image, pixels.shape[:2], epoch, index, index, []))
         return items
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, list[int]]:
         epoch, index = key
-        views, read, corrupt = _readable(self.data, index, lambda image: self._crops(image, epoch, index))
-        return self._finish(views, epoch, index, read, corrupt)
+        (views, boxes, size), read, corrupt = _readable(self.data, index, lambda image: self._cut(image, epoch, index))
+        return self._finish(views, boxes, size, epoch, index, read, corrupt)
 
     def _draw(self, epoch: int, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of("crop", self.seed, epoch, index))
-        return torch.rand(4, self.crops, self.tries, generator=generator)
+        return torch.rand(4, len(self.crops), self.tries, generator=generator)
 
-    def _crops(self, image: Image.Image, epoch: int, index: int) -> list[Tensor]:
-        boxes = torch.stack(place_boxes(self._draw(epoch, index), image.height, image.width, self.scale), 1).long()
-        return decoded_crops(image, boxes.tolist(), self.size, self.interpolation)
+    def _boxes(self, draw: Tensor, sizes: Tensor) -> Tensor:
+        """Draws (4, N, V, tries) in images of `sizes` (N, 2), height and width -> boxes (N, V, 4)."""
+        height, width = sizes[:, :1], sizes[:, 1:]
+        if len({scale for _, scale in self.crops}) == 1:
+            n, v = draw.shape[1:3]
+            rows = height.repeat_interleave(v, 0), width.repeat_interleave(v, 0)
+            return torch.stack(place_boxes(draw.flatten(1, 2), *rows, self.crops[0][1]), 1).long().view(n, v, 4)
+        of_crop = [
+            torch.stack(place_boxes(draw[:, :, v], height, width, scale), 1) for v, (_, scale) in enumerate(self.crops)
+        ]
+        return torch.stack(of_crop, 1).long()
+
+    def _cut(self, image: Image.Image, epoch: int, index: int) -> tuple[list[Tensor], list[Box], tuple[int, int]]:
+        size = (image.height, image.width)
+        (boxes,) = self._boxes(self._draw(epoch, index)[:, None], torch.tensor([size])).tolist()
+        return decoded_crops(image, boxes, [s for s, _ in self.crops], self.interpolation), boxes, size
 
     def _finish(
-        self, views: list[Tensor], epoch: int, index: int, read: int, corrupt: list[int]
-    ) -> tuple[Tensor, int, list[int]]:
+        self,
+        views: list[Tensor],
+        boxes: list[Box],
+        size: tuple[int, ...],
+        epoch: int,
+        index: int,
+        read: int,
+        corrupt: list[int],
+    ) -> tuple[Any, int, list[int]]:
         if self.distort:
             with host_seed(seed_of("distort", self.seed, epoch, index)):
                 pictures = [self.distort(Image.fromarray(view.permute(1, 2, 0).numpy())) for view in views]
             views = [to_tensor(picture) for picture in pictures]
         label = -1 if self.data.labels is None else int(self.data.labels[read])
-        return torch.stack(views), label, corrupt
+        return (
+            torch.stack(views) if self.plain else (views, torch.tensor(boxes) / torch.tensor(size * 2)),
+            label,
+            corrupt,
+        )
 
 
 def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bicubic") -> Tensor:
@@ -270,31 +298,37 @@ def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bicub
     return F.interpolate(part, (size, size), mode=interpolation, antialias=True)[0]
 
 
-def decoded_crops(image: Image.Image, boxes: list[Box], size: int, interpolation: str = "bicubic") -> list[Tensor]:
+def decoded_crops(
+    image: Image.Image, boxes: list[Box], sizes: list[int], interpolation: str = "bicubic"
+) -> list[Tensor]:
     """The boxes of an image that is opened and not yet decoded, each resized to (3, size, size). For training only.
 
     A JPEG is decoded at a half, a quarter or an eighth of its size where every box still has `size` pixels a side then:
     within a mean of 2.5 levels of 255 of `plain_crops`, and up to 3 times as fast.
     """
     width, height = image.size
-    least = min(side for box in boxes for side in box[2:])
+    asked = list(zip(boxes, sizes, strict=True))
+    least, size = min(((min(box[2:]), size) for box, size in asked), key=lambda pair: pair[0] / pair[1])
     if least >= 2 * size:
         image.draft(None, (math.ceil(width * size / least), math.ceil(height * size / least)))
     shrunk = round(width / image.width)
     picture = rgb(image)
     if shrunk == 1:
         pixels = torch.from_numpy(np.array(picture))
-        return [resized_crop(pixels, box, size, interpolation) for box in boxes]
-    parts = [(left / shrunk, top / shrunk, (left + w) / shrunk, (top + h) / shrunk) for top, left, h, w in boxes]
+        return [resized_crop(pixels, box, size, interpolation) for box, size in asked]
     kernel = Image.Resampling[interpolation.upper()]
-    return [to_tensor(picture.resize((size, size), kernel, part)) for part in parts]
+    crops = []
+    for (top, left, h, w), size in asked:
+        part = (left / shrunk, top / shrunk, (left + w) / shrunk, (top + h) / shrunk)
+        crops.append(to_tensor(picture.resize((size, size), kernel, part)))
+    return crops
 
 
-def plain_crops(image: Image.Image, boxes: list[Box], size: int, interpolation: str = "bicubic") -> list[Tensor]:
+def plain_crops(image: Image.Image, boxes: list[Box], sizes: list[int], interpolation: str = "bicubic") -> list[Tensor]:
     """What `decoded_crops` does quickly."""
     parts = [rgb(image).crop((left, top, left + w, top + h)) for top, left, h, w in boxes]
     kernel = Image.Resampling[interpolation.upper()]
-    return [to_tensor(part.resize((size, size), kernel)) for part in parts]
+    return [to_tensor(part.resize((size, size), kernel)) for part, size in zip(parts, sizes, strict=True)]
 
 
 @contextlib.contextmanager
@@ -339,14 +373,21 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _collate(items: list[Any]) -> Exception | tuple[Tensor, Tensor, list[int]]:
+def _collate(items: list[Any]) -> Exception | tuple[Tensor | Crops, Tensor, list[int]]:
     if isinstance(items[0], Exception):
         return items[0]
     images, labels, corrupt = zip(*items, strict=True)
-    batch = torch.stack(images), torch.tensor(labels)
+    if isinstance(images[0], Tensor):
+        crops, places = [torch.stack(images)], None
+    else:
+        of_crop, where = zip(*images, strict=True)
+        crops, places = [torch.stack(x) for x in zip(*of_crop, strict=True)], torch.stack(where)
+    numbers = torch.tensor(labels)
     if get_worker_info():  # here a full /dev/shm is an error; when it is sent, nobody hears of it and all wait for ever
-        batch[0].share_memory_(), batch[1].share_memory_()
-    return *batch, [i for bad in corrupt for i in bad]
+        for part in (*crops, numbers, *([] if places is None else [places])):
+            part.share_memory_()
+    batch = crops[0] if places is None else Crops(crops, places)
+    return batch, numbers, [i for bad in corrupt for i in bad]
 
 
 class _Centred(Dataset[tuple[Tensor, int, list[int]]]):

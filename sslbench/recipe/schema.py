@@ -28,6 +28,8 @@ class Optim(Strict):
     lr: float = Field(1.5e-4, gt=0)  # base lr: the actual lr is lr x batch_size / 256
     betas: tuple[Share, Share] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)  # not on biases, norms and other tensors of one dimension
+    # Where the weight decay ends, along half a cosine (DINO); None: it stays, which the hash does not know of.
+    weight_decay_end: float | None = Field(None, ge=0, exclude_if=lambda end: end is None)
     warmup_epochs: float = Field(40, ge=0)
     min_lr: float = Field(0.0, ge=0)  # where the cosine ends
     clip_grad: float | None = Field(None, gt=0)  # largest gradient norm; None: no clipping

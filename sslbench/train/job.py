@@ -20,7 +20,7 @@ from ..method import Method, get_method
 from ..recipe import Batch, Machine, Optim, Recipe
 from .build import build, flops_per_image
 from .diagnose import CollapseMeters
-from .optim import adamw, learning_rate
+from .optim import adamw, learning_rate, weight_decay
 from .start import Start
 from .watch import Watch
 
@@ -93,6 +93,10 @@ class Job(Protocol):
         """Of a step, which is at that fractional epoch of the schedule."""
         ...
 
+    def weight_decay(self, step: int, epoch: float) -> float | None:
+        """Of a step, of what has any; None: as the optimiser was made."""
+        return None
+
     def batches(self, data: Any, method: Any, batch: Batch, fabric: Fabric) -> Batches:
         """What feeds this device."""
         ...
@@ -138,6 +142,9 @@ class ImageJob(Job):
     def learning_rate(self, step: int, epoch: float) -> float:
         return learning_rate(self.optim, self.batch_size, epoch, self.epochs)
 
+    def weight_decay(self, step: int, epoch: float) -> float | None:
+        return None if self.optim.weight_decay_end is None else weight_decay(self.optim, epoch, self.epochs)
+
     def batches(self, data: ImageSet, method: Method, batch: Batch, fabric: Fabric) -> MicroBatches:
         """Images of one forward pass, or of all the passes that a gradient cache makes one of."""
         return MicroBatches(
@@ -148,7 +155,7 @@ class ImageJob(Job):
             accumulation=batch.accumulation,
             rank=fabric.global_rank,
             device=fabric.device,
-            crops=method.crops,
+            crops=method.crop_list(),
             image_size=self.image_size,
             crop_scale=self.crop_scale,
             crop_tries=self.crop_tries,

@@ -158,11 +158,12 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
         task = bar.add_task(run.label, total=1.0, note="")
         bar.update(task, completed=clock.share(start))
         for step in range(start, end):
-            lr = job.learning_rate(step, clock.epoch(step))
+            epoch = clock.epoch(step)
+            lr, decay = job.learning_rate(step, epoch), job.weight_decay(step, epoch)
             look = (step + 1) % machine.meters_every == 0 or step + 1 == total
             seen: dict[str, float] = {}  # what metrics.jsonl gets of this step
             with run.count_flops(batch):
-                values = learner.one_step(step, micro_batches, lr, seen if look and job.pulls else None)
+                values = learner.one_step(step, micro_batches, lr, decay, seen if look and job.pulls else None)
             clock.tick()
             run.steps = step + 1
             share = clock.share(run.steps)

@@ -100,6 +100,14 @@ class Lars(torch.optim.Optimizer):
                     p.sub_(group["lr"] * moved)
 
 
+def weight_decay(config: Optim, epoch: float, epochs: float) -> float:
+    """At a fractional epoch: from `weight_decay` along half a cosine to `weight_decay_end`, where there is one."""
+    if config.weight_decay_end is None:
+        return config.weight_decay
+    share = 0.5 * (1 + math.cos(math.pi * min(epoch / max(epochs, 1e-9), 1.0)))
+    return config.weight_decay_end + (config.weight_decay - config.weight_decay_end) * share
+
+
 def learning_rate(config: Optim, batch_size: int, epoch: float, epochs: float) -> float:
     """The actual lr at a fractional epoch: base lr x batch / 256, linear warm-up, then half a cosine to min_lr."""
     peak = config.lr * batch_size / 256

@@ -88,14 +88,19 @@ class Learner:
         self.fabric.strategy.precision.load_state_dict(state.get("precision", {}))
 
     def one_step(
-        self, step: int, micro_batches: Iterator[Any], lr: float, pulls: dict[str, float] | None = None
+        self,
+        step: int,
+        micro_batches: Iterator[Any],
+        lr: float,
+        weight_decay: float | None = None,
+        pulls: dict[str, float] | None = None,
     ) -> dict[str, Tensor]:
         """Move the weights once, and return the losses, means over the step's images, and the norm of the gradient.
 
         pulls: a dict that takes how each loss term pulls at the encoder, where that is to be looked at.
         """
         torch.manual_seed(seed_of("model", self.job.seed, step, self.fabric.global_rank))  # for drop path
-        self._set_lr(lr)
+        self._set(lr, weight_decay)
         losses: dict[str, Any] = {}
         for part in range(self.batch.accumulation):
             of_part = self._backward(next(micro_batches), step, part, pulls)
@@ -108,9 +113,11 @@ class Learner:
         self.optimizer.zero_grad()
         return {**losses, "grad_norm": norm}
 
-    def _set_lr(self, lr: float) -> None:
+    def _set(self, lr: float, weight_decay: float | None) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+            if weight_decay is not None and group["weight_decay"]:
+                group["weight_decay"] = weight_decay
 
     def _backward(self, images: Any, step: int, part: int, pulls: dict[str, float] | None) -> dict[str, Tensor]:
         """Add the gradients of the loss of these images, part number `part` of the step's on this device."""
