@@ -71,6 +71,7 @@ class ASLConfig(MethodConfig):
 
 class ASL(Method):
     Config = ASLConfig
+    hybrid = True
     pool = "cls"
 
     def __init__(self, config: ASLConfig, encoder: VisionTransformer, augment: Augment) -> None:

@@ -78,6 +78,7 @@ class CCMIMConfig(MethodConfig):
 
 class CCMIM(Method):
     Config = CCMIMConfig
+    hybrid = True
     presets = {
         "paper": {},
         "official": {"contrast": "official", "contrast_weight": 0.1, "decoder_depth": 8},

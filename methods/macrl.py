@@ -86,6 +86,7 @@ class MACRLConfig(MethodConfig):
 
 class MACRL(Method):
     Config = MACRLConfig
+    hybrid = True
     crops = 2
     couples_batch = True
     pool = "mean_all"

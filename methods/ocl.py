@@ -61,6 +61,7 @@ class OCLConfig(MethodConfig):
 
 class OCL(Method):
     Config = OCLConfig
+    hybrid = True
     presets = {
         "paper": {},
         "official": {"kappa_form": "divide", "tau": "fixed", "freeze_patch_embed": False},

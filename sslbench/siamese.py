@@ -108,3 +108,62 @@ class MemoryBank(nn.Module):
         place = (self.next + torch.arange(len(keys), device=self.next.device)) % size
         self.keys[place] = keys
         self.next.copy_((self.next + len(keys)) % size)
+
+
+class PrototypeHead(nn.Module):
+    """DINO's head (Caron et al. 2021, section 3.1): an MLP to a unit vector, and its products with K prototypes.
+
+    The prototypes are unit vectors too, each times a gain that is learned where not `unit` (weight normalisation).
+    """
+
+    def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int, unit: bool = True) -> None:
+        super().__init__()
+        widths = [dim, hidden, hidden, bottleneck]
+        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.GELU())]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.prototypes = nn.Parameter(nn.init.xavier_uniform_(torch.empty(prototypes, bottleneck)))
+        self.gain = None if unit else nn.Parameter(torch.ones(prototypes, 1))
+
+    def forward(self, x: Tensor, frozen: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., K). frozen: a boolean; where true, the prototypes' gradient is zero."""
+        weight = F.normalize(self.prototypes, dim=-1)
+        if self.gain is not None:
+            weight = weight * self.gain
+        if frozen is not None:
+            weight = torch.where(frozen, weight.detach(), weight)
+        return F.linear(F.normalize(self.mlp(x), dim=-1), weight)
+
+
+class Centre(nn.Module):
+    """The running mean of a teacher's outputs, which is taken off them so that no one prototype wins all (DINO, Eq. 4).
+
+    What a step adds counts from the next step on, and is the mean of its whole batch, however that is divided.
+    """
+
+    mean: Tensor
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("total", torch.zeros(width))
+        self.register_buffer("count", torch.zeros(()))
+
+    @float32
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K), without gradient -> the same, centred."""
+        if self.training:
+            self.total += x.detach().flatten(0, -2).sum(0)
+            self.count += x[..., 0].numel()
+        return x - self.mean
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """After a step."""
+        parts, _ = gather(torch.cat([self.total, self.count[None]])[None])
+        *total, count = parts.sum(0).split([len(self.total), 1])
+        mean = torch.where(count > 0, total[0] / count.clamp_min(1), self.mean)
+        self.mean.lerp_(mean, 1 - momentum)
+        self.total.zero_()
+        self.count.zero_()

@@ -272,7 +272,7 @@ def denormalise(
 
 
 def one_view(
-    images: Tensor, size: int, augment: Augment, generator: torch.Generator, view: int = 0, tries: int = 10
+    images: Tensor | Crops, size: int, augment: Augment, generator: torch.Generator, view: int = 0, tries: int = 10
 ) -> Tensor:
     """What a masked-image method sees: one random crop of each image, mirrored at times, normalised."""
     law = (augment.crop_scale, augment.flip, generator, view, tries, augment.interpolation)
@@ -310,7 +310,7 @@ class TwoViews(Strict):
 
 
 def two_views(
-    images: Tensor, size: int, augment: Augment, law: TwoViews, generator: torch.Generator
+    images: Tensor | Crops, size: int, augment: Augment, law: TwoViews, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Two normalised views (B, 3, size, size) of each image: crop and flip, jitter, grey, blur, solarise, by chance."""
     views = []
@@ -321,6 +321,26 @@ def two_views(
         x = distort(x, law, view, generator)
         views.append(normalise(x, augment.mean, augment.std))
     return views[0], views[1]
+
+
+def small_views(
+    images: Tensor | Crops,
+    count: int,
+    size: int,
+    augment: Augment,
+    law: TwoViews,
+    generator: torch.Generator,
+    first: int,
+) -> Tensor:
+    """`count` more views of each image, (B, count, 3, size, size), by the law's first view. first: the place of the
+    first of them among the method's crops."""
+    views = []
+    for view in range(first, first + count):
+        x = random_resized_crop(
+            images, size, augment.crop_scale, augment.flip, generator, view, interpolation=augment.interpolation
+        )
+        views.append(normalise(distort(x, law, 0, generator), augment.mean, augment.std))
+    return torch.stack(views, 1)
 
 
 def distort(x: Tensor, law: TwoViews, view: int, generator: torch.Generator) -> Tensor:
