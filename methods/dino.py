@@ -16,13 +16,12 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
-from sslbench.losses import float32
+from sslbench.losses import crop_agreement
 from sslbench.method import Method, MethodConfig
 from sslbench.pictures import Canvas
 from sslbench.recipe import Augment
-from sslbench.siamese import Centre, PrototypeHead, cosine_momentum, ema_, momentum_copy
+from sslbench.siamese import Centre, PrototypeHead, cosine_momentum, ema_, momentum_copy, warmed
 from sslbench.views import Crop, CropScale, TwoViews, small_views, two_views
 from sslbench.vit import VisionTransformer, initialise
 
@@ -92,11 +91,10 @@ class DINO(Method):
         return cls.unflatten(0, crops.shape[:2])
 
     def teacher_tau(self) -> Tensor:
-        low, high = self.config.teacher_tau
-        return low + (high - low) * (self.momentum_progress / max(self.config.teacher_tau_warmup, 1e-9)).clamp(max=1)
+        return warmed(self.config.teacher_tau, self.config.teacher_tau_warmup, self.momentum_progress)
 
     def loss(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        cross_entropy = agreement(outputs["student"], outputs["teacher"], self.config.tau)
+        cross_entropy = crop_agreement(outputs["student"], outputs["teacher"], self.config.tau)
         return {"loss": cross_entropy, "dino": cross_entropy}
 
     def after_step(self, progress: float) -> None:
@@ -112,12 +110,3 @@ class DINO(Method):
 
     def pictures(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         return {f"view {i}": Canvas(self, views[f"x{i}"]).whole() for i in (1, 2)}
-
-
-@float32
-def agreement(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """Cross-entropy of the student's crops, logits (B, V, K), to the teacher's distributions of the first crops,
-    (B, T, K): the mean over images and pairs, of which none is a crop with itself (Eq. 3)."""
-    pairs = -torch.einsum("btk,bvk->tv", teacher, F.log_softmax(student / tau, -1)) / len(student)
-    other = ~torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
-    return (pairs * other).sum() / (pairs.numel() - len(pairs))

@@ -109,6 +109,15 @@ def info_nce_with_bank(q: Tensor, k: Tensor, bank: Tensor, tau: float) -> Tensor
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
+@float32
+def crop_agreement(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """Cross-entropy of the student's crops, logits (B, V, K), to the teacher's distributions of the first crops,
+    (B, T, K): the mean over images and pairs, of which none is a crop with itself (DINO, Caron et al. 2021, Eq. 3)."""
+    pairs = -torch.einsum("btk,bvk->tv", teacher, F.log_softmax(student / tau, -1)) / len(student)
+    other = ~torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
+    return (pairs * other).sum() / (pairs.numel() - len(pairs))
+
+
 class _Gather(torch.autograd.Function):
     """all_gather along dim 0; the gradient of each rank's part is summed over ranks and comes back to it."""
 

@@ -39,22 +39,34 @@ def blockwise_order(
 ) -> Tensor:
     """(batch, N): an order whose last `n_masked` patches are BEiT's blocks (Bao et al. 2021, Algorithm 1).
 
-    A block's area is uniform between `smallest` (no more than are asked for) and what is left to mask, its aspect
-    log-uniform in (.3, 1 / .3), its place uniform. One that is not smaller than the grid in both directions, that
-    masks nothing new or more than is left is drawn again, ten times at most, as in BEiT's code: what is still left
-    then is masked at random. All draws of a batch are made at once: `tries` of them an image.
+    What the blocks leave is masked at random. smallest: no more than are asked for.
+    """
+    most = torch.full((batch,), n_masked, device=generator.device)
+    masked = blocks(batch, grid, most, generator, min(smallest, n_masked), tries)
+    # Blocks come last; among the patches that no block covers a random rank settles which are masked too.
+    return (masked + rand((batch, grid[0] * grid[1]), generator)).argsort(dim=1)
+
+
+def blocks(
+    batch: int, grid: tuple[int, int], most: Tensor, generator: torch.Generator, smallest: int, tries: int = 64
+) -> Tensor:
+    """(batch, N) booleans: BEiT's blocks of each image, up to `most` (batch,) patches.
+
+    A block's area is uniform between `smallest` and what is left to mask, its aspect log-uniform in (.3, 1 / .3), its
+    place uniform. One that is not smaller than the grid in both directions, that masks nothing new or more than is left
+    is drawn again, ten times at most, as in BEiT's code. All draws of a batch are made at once: `tries` of them an
+    image.
     """
     rows, columns = grid
     n, device = rows * columns, generator.device
-    smallest = min(smallest, n_masked)
     y, x = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)[None]
     masked = torch.zeros(batch, n, dtype=torch.bool, device=device)
     refused = torch.zeros(batch, device=device)  # in a row
     draw = rand((4, batch, tries), generator, 1)
     ratio = torch.exp(math.log(0.3) * (1 - 2 * draw[1]))
     for t in range(tries):
-        left = n_masked - masked.sum(1)
-        area = smallest + draw[0, :, t] * (left - smallest)
+        left = most - masked.sum(1)
+        area = (smallest + draw[0, :, t] * (left - smallest)).clamp_min(0)
         h, w = (area * ratio[:, t]).sqrt().round(), (area / ratio[:, t]).sqrt().round()
         a, b = (draw[2, :, t] * (rows - h + 1)).floor(), (draw[3, :, t] * (columns - w + 1)).floor()
         h, w, a, b = (v[:, None, None] for v in (h, w, a, b))
@@ -63,5 +75,4 @@ def blockwise_order(
         taken = (new > 0) & (new <= left) & (refused < 10)
         masked |= block & taken[:, None]
         refused = torch.where(taken, 0.0, refused + 1)
-    # Blocks come last; among the patches that no block covers a random rank settles which are masked too.
-    return (masked + rand((batch, n), generator)).argsort(dim=1)
+    return masked

@@ -29,6 +29,11 @@ class Canvas:
         blank = torch.full_like(patches, GREY).scatter(1, index, patches.gather(1, index))
         return unpatchify(blank, self.patch, self.grid)
 
+    def without(self, hidden: Tensor) -> Tensor:
+        """Grey where patches are `hidden`, booleans (B, N)."""
+        patches = patchify(self.whole(), self.patch)
+        return unpatchify(patches.masked_fill(hidden[..., None], GREY), self.patch, self.grid)
+
     def filled(self, prediction: Tensor, place: Tensor, norm_pix: bool) -> Tensor:
         """The images with `prediction` (B, M, P) at patches `place` (B, M).
 

@@ -134,6 +134,11 @@ class PrototypeHead(nn.Module):
         return F.linear(F.normalize(self.mlp(x), dim=-1), weight)
 
 
+def warmed(pair: tuple[float, float], share: float, progress: Tensor) -> Tensor:
+    """A value that rises from the first of a pair to the second while `progress` goes from 0 to `share`."""
+    return pair[0] + (pair[1] - pair[0]) * (progress / max(share, 1e-9)).clamp(max=1)
+
+
 class Centre(nn.Module):
     """The running mean of a teacher's outputs, which is taken off them so that no one prototype wins all (DINO, Eq. 4).
 

@@ -1,4 +1,4 @@
-"""DINO: against its released code's numbers, of which no code is here; its centre, temperature and frozen prototypes."""
+"""DINO: against its released code's numbers, of which no code is here; its centre, temperature and prototypes."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def thousandths(method, seed=3):
 
 
 def test_it_gives_the_released_codes_loss_gradient_and_centre():
-    """facebookresearch/dino 7c446df: its ViT, head and loss on these weights gave 5.960249 and gradients within 3e-6."""
+    """facebookresearch/dino 7c446df: its ViT, head and loss on these weights gave 5.960249; gradients within 3e-6."""
     method = make("dino", REFERENCE, small_size=32, unit_prototypes=False)
     dice = thousandths(method)
     method.momentum_centre.mean.copy_(torch.randint(-200, 201, (32,), generator=dice).float() / 1000)

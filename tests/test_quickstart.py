@@ -5,7 +5,8 @@ import json
 import pytest
 
 from sslbench import ledger
-from sslbench.commands.quickstart import notes, study_of_all
+from sslbench.commands.quickstart import asked, notes, study_of_all
+from sslbench.errors import UserError
 from sslbench.method import methods
 from sslbench.study.cells import UNTRAINED
 from sslbench.study.grid import Grid
@@ -18,12 +19,14 @@ def test_quickstart_measures_every_method_and_shows_learning(run_sslbench, tmp_p
     assert "Mixed Precision" not in done.stderr  # what lightning has to say, twice for each method
     answer = json.loads(done.stdout.splitlines()[-1])
     page = (tmp_path / answer["report"]).read_text()
-    for name in (*methods(), "untrained ViT"):
+    names = asked(None)
+    assert names == ["ocl", "asl", "ccmim", "macrl", "mae", "mocov3"]
+    for name in (*names, "untrained ViT"):
         assert f">{name}</td>" in page
     assert "not as a ranking" in page and "not enough seeds to rank" in page
     assert {p.suffix for p in map(tmp_path.joinpath, answer["files"])} == {".html", ".md", ".csv", ".svg", ".png"}
-    assert answer["numbers"] == 4 * (1 + len(methods()))
-    assert len(list((tmp_path / "runs").glob("*/run.json"))) == len(methods())
+    assert answer["numbers"] == 4 * (1 + len(names))
+    assert len(list((tmp_path / "runs").glob("*/run.json"))) == len(names)
 
     knn = {}
     for r in ledger.read(tmp_path / "results/ledger"):
@@ -33,9 +36,19 @@ def test_quickstart_measures_every_method_and_shows_learning(run_sslbench, tmp_p
     print(gain)
     # In five minutes of two quiet cores all six gain 3 to 15 points, the noise being 3.5; here they have three, beside
     # other tests.
-    assert gain["mae"] > 3 and gain["ocl"] > 3 and sum(gain.values()) / len(methods()) > 2
+    assert gain["mae"] > 3 and gain["ocl"] > 3 and sum(gain.values()) / len(names) > 2
     flat = page.partition("No clear k-NN gain over the untrained ViT: ")[2].partition(". ")[0]
     assert "mae" not in flat and "ocl" not in flat
+
+
+def test_other_methods_join_by_name():
+    assert asked("all") == list(methods()) and asked("dino, ocl,dino") == ["dino", "ocl"]
+    with pytest.raises(UserError, match="unknown method 'dinno'; did you mean 'dino'"):
+        asked("dinno")
+    with pytest.raises(UserError, match="--methods names none"):
+        asked(" ,")
+    study = study_of_all(["dino"], 60.0, 0)
+    assert list(study.rows) == ["dino"] and study.controls == []
 
 
 def test_a_method_that_failed_is_not_said_to_have_learned(home, few_images):

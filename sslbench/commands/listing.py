@@ -41,8 +41,13 @@ def _methods() -> list[dict[str, Any]]:
     from ..method import methods
 
     return [
-        {"method": name, "presets": ", ".join(c.presets), "what": (_module_doc(c)).split("\n")[0]}
-        for name, c in methods().items()
+        {
+            "method": name,
+            "kind": "hybrid" if c.hybrid else "control",
+            "presets": ", ".join(c.presets),
+            "what": (_module_doc(c)).split("\n")[0],
+        }
+        for name, c in sorted(methods().items(), key=lambda item: (not item[1].hybrid, item[0]))
     ]
 
 

@@ -1,4 +1,4 @@
-"""`sslbench quickstart`: a study of every method on built-in images, each with the same time, and its page."""
+"""`sslbench quickstart`: a study of methods on built-in images, each with the same time, and its page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from .. import ledger, right
 from ..errors import UserError
 from ..ledger import Record
-from ..method import methods
+from ..method import get_method, methods
 from ..paths import home
 from ..provenance import cores
 from ..report.page import write_page
@@ -25,8 +25,12 @@ from ..study.spec import Study, StudyRow, read_study
 TRAINING = 0.78  # of the time; the rest is for starting, evaluations and the page
 
 
-def quickstart(minutes: float, seed: int, out: Path | None, console: Console) -> dict[str, Any]:
+def quickstart(
+    minutes: float, seed: int, out: Path | None, console: Console, named: str | None = None
+) -> dict[str, Any]:
     """Pre-train, evaluate, report, in about `minutes`. Returns {"report", "files", "numbers", "wall_s"}.
+
+    named: methods, "ocl,dino", or "all"; None: the four hybrids and two controls, whose settings are for these minutes.
 
     As many methods at once as there are GPUs or, without one, cores: two small runs with a core each see half as many
     images again as one after the other with two.
@@ -34,7 +38,7 @@ def quickstart(minutes: float, seed: int, out: Path | None, console: Console) ->
     if not minutes > 0:
         raise UserError(f"--minutes {minutes}: expected a time, such as 5")
     began = time.perf_counter()
-    names = list(methods())
+    names = asked(named)
     jobs = min(torch.cuda.device_count() or cores(), len(names))
     seconds = 60 * minutes * TRAINING / -(-len(names) // jobs)
     console.print(
@@ -54,6 +58,20 @@ def quickstart(minutes: float, seed: int, out: Path | None, console: Console) ->
     answer = {**written, "wall_s": wall}
     grid.check(console, answer)
     return answer
+
+
+def asked(named: str | None) -> list[str]:
+    """The methods that `--methods` means. UserError: one is unknown."""
+    if named is None:
+        return [name for name in read_study("quickstart").rows if isinstance(name, str)]
+    if named == "all":
+        return list(methods())
+    names = list(dict.fromkeys(word.strip() for word in named.split(",") if word.strip()))
+    for name in names:
+        get_method(name)
+    if not names:
+        raise UserError("--methods names none; give all, or some of `sslbench list methods`, such as ocl,dino")
+    return names
 
 
 def study_of_all(names: list[str], seconds: float, seed: int) -> Study:
