@@ -23,7 +23,10 @@ from .paths import home
 from .right import keep
 
 Scale = Literal["tiny", "cifar", "paper"]
-PERCENT = r"(knn|linprobe|attentive|finetune|knn_held_out)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"
+PERCENT = (
+    r"(knn|linprobe|attentive|finetune|knn_held_out)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc|"
+    r"(segprobe|segknn)_(miou|aacc)"
+)
 GEOMETRY = ("rankme", "effective_rank", "feature_std", "uniformity", "alignment", "cka")  # numbers without a unit
 
 

@@ -38,7 +38,8 @@ def linear_right(
     fit, select = order[held:], order[:held]
 
     def heads(index: Tensor, rates: list[float]) -> tuple[Tensor, Tensor]:
-        return _sgd(train[index], train_labels[index], classes, rates, epochs, batch_size, momentum, weight_decay, seed)
+        x, y = train[index], train_labels[index]
+        return train_heads(x, y, classes, rates, epochs, batch_size, momentum, weight_decay, seed)
 
     weight, bias = heads(fit, lrs)
     logits = torch.einsum("nd,ldk->lnk", train[select], weight) + bias
@@ -53,7 +54,7 @@ def _generator(seed: int, what: str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of("linprobe", what, seed))
 
 
-def _sgd(
+def train_heads(
     x: Tensor,
     y: Tensor,
     classes: int,
@@ -63,24 +64,29 @@ def _sgd(
     momentum: float,
     weight_decay: float,
     seed: int,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Momentum SGD with a cosine, one head a learning rate (lr x batch / 256): weights (L, D, K), biases (L, 1, K)."""
+    """Momentum SGD with a cosine, one head a learning rate (lr x batch / 256): weights (L, D, K), biases (L, 1, K).
+
+    x (N, D), y (N,) in 0..K-1. Computes in float32 on `device`, where batches are sent; None: x's.
+    """
+    device = device or x.device
     generator = _generator(seed, "order")
     weight = 0.01 * torch.randn(x.shape[1], classes, generator=_generator(seed, "init")).repeat(len(lrs), 1, 1)
-    bias = torch.zeros(len(lrs), 1, classes)
+    weight, bias = weight.to(device), torch.zeros(len(lrs), 1, classes, device=device)
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
     batch_size = min(batch_size, len(x))
-    rate = torch.tensor(lrs).view(-1, 1, 1) * batch_size / 256
+    rate = torch.tensor(lrs, device=device).view(-1, 1, 1) * batch_size / 256
     steps = epochs * (len(x) // batch_size)
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
         if len(order) < batch_size:
             order = torch.randperm(len(x), generator=generator)
         index, order = order[:batch_size], order[batch_size:]
-        xb = x[index]
+        xb, target = x[index].to(weight), F.one_hot(y[index].to(device), classes)
         # The gradient of mean cross-entropy in closed form: (softmax - target) / B.
         error = torch.softmax(torch.einsum("nd,ldk->lnk", xb, weight) + bias, -1)
-        error = (error - F.one_hot(y[index], classes)) / batch_size
+        error = (error - target) / batch_size
         gradients = [torch.einsum("nd,lnk->ldk", xb, error) + weight_decay * weight, error.sum(1, keepdim=True)]
         lr = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         for p, v, g in zip((weight, bias), velocity, gradients, strict=True):

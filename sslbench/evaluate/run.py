@@ -34,6 +34,7 @@ from .job import LabelledJob, protocol_hash
 from .labels import LabelShare, list_facts, list_of, protocol_name
 from .linprobe import linear_right
 from .probe import AugmentedProbe, ProbeJob, Rate
+from .segprobe import Segknn, Segprobe
 from .told import NOTHING, PUBLIC, Told
 
 
@@ -83,9 +84,9 @@ TRAINED = Finetune | AugmentedProbe | Attentive  # by the loop, in a run folder 
 
 class EvalRecipe(Strict):
     name: str
-    science: Knn | HeldOutKnn | Linprobe | AugmentedProbe | Attentive | Finetune | Robustness | Geometry = Field(
-        discriminator="protocol"
-    )
+    science: (
+        Knn | HeldOutKnn | Linprobe | AugmentedProbe | Attentive | Finetune | Robustness | Geometry | Segprobe | Segknn
+    ) = Field(discriminator="protocol")
     machine: Machine = Machine()
 
 
@@ -104,7 +105,7 @@ def protocol_of(recipe: EvalRecipe, pool: str, side: int, *sets: ImageSet) -> di
     """{"name", "hash"} of that protocol on an encoder of images of `side` pixels, for sets of images whose sizes may
     decide what a view is. pool: where the recipe has none."""
     s = recipe.science
-    assert not isinstance(s, Robustness)
+    assert not isinstance(s, Robustness | Segprobe | Segknn)
     pool, side = s.pool or pool, getattr(s, "image_size", None) or side
     return {"name": protocol_name(recipe, pool), "hash": protocol_hash(s, pool, (side, side), view_of(side, *sets))}
 

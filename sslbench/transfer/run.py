@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ..data.dense import find_data
 from ..data.loader import seed_of
 from ..errors import UserError
 from ..evaluate.features import Subject, newest_run, open_subject, read_safetensors
@@ -24,7 +25,7 @@ from ..evaluate.run import in_ledger, same_images, same_subject
 from ..evaluate.told import NOTHING, Told
 from ..files import check_weights, digest, hashes, write_json, write_weights
 from ..ledger import Measurement, Record, Scale, to_ledger
-from ..paths import data_root, home
+from ..paths import home
 from ..provenance import Spent
 from ..recipe import Batch
 from ..train.launch import leave_the_others
@@ -135,7 +136,7 @@ class TransferJob:
         from mmengine.registry import MODELS
 
         torch.manual_seed(seed_of("weights", self.seed))
-        config = self.task.model(self.science, self.subject, self.machine, synchronised)
+        config = self.task.model(self.science, self.subject, self.machine, synchronised, len(self.classes))
         with self.scope():
             model = MODELS.build(ConfigDict(config))
             model.init_weights()
@@ -253,20 +254,3 @@ def score(job: TransferJob, folder: Path, info: dict[str, Any], tuning: dict[str
     with job.scope(), torch.inference_mode():
         job.task.draw(job, model.eval(), folder)
     return records
-
-
-def find_data(kind: str, data: str | None) -> Path:
-    """The data set's folder: --data, that name under $SSLBENCH_DATA, or its usual name there."""
-    root = data_root()
-    usual = {"coco": ["coco"], "ade20k": ["ADEChallengeData2016", "ade20k"]}[kind]
-    names = [data.removeprefix(f"{kind}:")] if data else usual
-    places = [Path(n).expanduser() for n in names if data] + [root / n for n in names if root]
-    folder = next((p for p in places if p.is_dir()), None)
-    if folder is None:
-        looked = f"looked for {', '.join(map(str, places))}" if places else "SSLBENCH_DATA is not set"
-        layout = {
-            "coco": "annotations/instances_{train,val}2017.json, train2017/, val2017/",
-            "ade20k": "images/{training,validation}/, annotations/{training,validation}/",
-        }[kind]
-        raise UserError(f"no {kind} data set ({looked}); point to it with --data DIR, which holds {layout}")
-    return folder
