@@ -35,23 +35,23 @@ PANEL, LINE, GAP = 384, 22, 8  # pixels: an image's longer side, a line of text,
 SHARE = 0.002  # of a map's pixels, that a class is in the legend for
 
 
-def beside(image: Image.Image, truth: np.ndarray, answered: np.ndarray, classes: list[str]) -> Image.Image:
-    """A photograph, what is true of it and what was answered, left to right, over the names of their colours.
+def beside(image: Image.Image, truth: np.ndarray, predicted: np.ndarray, classes: list[str]) -> Image.Image:
+    """A photograph, what is true of it and what was predicted, left to right, over its colours' numbers and names.
 
-    truth, answered: classes, uint8 (H, W); 255 in truth does not count.
+    truth, predicted: classes, uint8 (H, W); 255 in truth does not count.
     """
     colours = np.full((256, 3), UNCOUNTED, np.uint8)
     colours[: len(classes)] = palette(len(classes))
     counted = truth < len(classes)
-    share = (answered == truth)[counted].mean() if counted.any() else float("nan")
+    share = (predicted == truth)[counted].mean() if counted.any() else float("nan")
     panels = {
         "image": image,
-        "truth": Image.fromarray(colours[truth]),
-        f"answer: {share:.0%} of pixels right": Image.fromarray(colours[answered]),
+        "truth, white where it does not count": Image.fromarray(colours[truth]),
+        f"prediction, {share:.0%} of pixels right": Image.fromarray(colours[predicted]),
     }
     scale = PANEL / max(image.size)
     size = (round(image.width * scale), round(image.height * scale))
-    shares = sum(np.bincount(x[counted], minlength=256) for x in (truth, answered)) / max(1, counted.sum())
+    shares = sum(np.bincount(x[counted], minlength=256) for x in (truth, predicted)) / max(1, counted.sum())
     named = [at for at in np.argsort(-shares) if shares[at] >= SHARE]
     columns = max(1, 3 * (size[0] + GAP) // 200)
     height = GAP + LINE + size[1] + GAP + LINE * -(-len(named) // columns) + GAP
@@ -66,7 +66,7 @@ def beside(image: Image.Image, truth: np.ndarray, answered: np.ndarray, classes:
     for i, at in enumerate(named):
         left, top = GAP + i % columns * 200, 2 * GAP + LINE + size[1] + i // columns * LINE
         pen.rectangle((left, top + 3, left + 14, top + 17), tuple(colours[at]), "black")
-        pen.text((left + GAP + 14, top + 2), classes[at][:22], "black", font)
+        pen.text((left + GAP + 14, top + 2), f"{at} {classes[at]}"[:24], "black", font)
     return sheet
 
 

@@ -93,7 +93,7 @@ def answer(scores: Tensor, size: tuple[int, int]) -> Tensor:
     )
     wide = scores @ across.T  # (K, h, W)
     rows = max(1, BLOCK // (len(scores) * size[1]))
-    return torch.cat([torch.einsum("rh,khw->krw", part, wide).argmax(0).cpu() for part in down.split(rows)])
+    return torch.cat([torch.einsum("rh,khw->krw", part, wide).max(0).indices.cpu() for part in down.split(rows)])
 
 
 def drawn_pixels(classes: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

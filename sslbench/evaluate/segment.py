@@ -60,8 +60,9 @@ def segment(
     records = []
     for name, (value, stderr, interval) in numbers(counts).items():
         its = {**condition, "interval": interval}
-        records.append(to_ledger(Measurement(f"{s.protocol}_{name}", value, val, val.name, protocol, its, seed, s.crop,
-                                             encoder, cost, accuracy=False, stderr=stderr)))  # fmt: skip
+        m = Measurement(f"{s.protocol}_{name}", value, val, val.name, protocol, its, seed, s.crop, encoder, cost,
+                        accuracy=False, stderr=stderr, scale=None if val.name == "ade20k" else "tiny")  # fmt: skip
+        records.append(to_ledger(m))
         console.print(_line(records[-1]), markup=False)
     folder = home() / "results" / "pictures" / records[0].id
     draw(frozen, val, scores, folder)
