@@ -68,11 +68,11 @@ class Frozen:
 
     def count(self, split: Labelled, index: list[int], scores: Scores) -> list[Counts]:
         """What pixels of those images are answered right, by each head."""
-        of_heads: list[list[np.ndarray]] = []
+        of_images: list[list[np.ndarray]] = []
         for tokens, truth in self.tokens(split, index):
-            heads = [answer(s, tuple(truth.shape)) for s in scores(tokens)]
-            of_heads.append([count_pixels(a, truth, len(split.classes)) for a in heads])  # type: ignore[arg-type]
-        return [Counts(*np.stack(images).swapaxes(0, 1)) for images in zip(*of_heads, strict=True)]
+            answers = [answer(s, (truth.shape[0], truth.shape[1])) for s in scores(tokens)]
+            of_images.append([count_pixels(a, truth, len(split.classes)) for a in answers])
+        return [Counts(*np.stack(head).swapaxes(0, 1)) for head in zip(*of_images, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------- pixels and maps

@@ -105,7 +105,7 @@ def protocol_of(recipe: EvalRecipe, pool: str, side: int, *sets: ImageSet) -> di
     """{"name", "hash"} of that protocol on an encoder of images of `side` pixels, for sets of images whose sizes may
     decide what a view is. pool: where the recipe has none."""
     s = recipe.science
-    assert not isinstance(s, Robustness | Segprobe | Segknn)
+    assert not isinstance(s, Robustness)
     pool, side = s.pool or pool, getattr(s, "image_size", None) or side
     return {"name": protocol_name(recipe, pool), "hash": protocol_hash(s, pool, (side, side), view_of(side, *sets))}
 

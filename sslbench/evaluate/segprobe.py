@@ -33,6 +33,7 @@ from .patches import Frozen, Scores, at_pixels, drawn_pixels, mean_iou, patch_la
 
 Rate = Annotated[float, Field(gt=0)]
 CHUNK = 2**16  # pixels that are standardised at once
+LARGEST = torch.finfo(torch.float16).max  # a few channels of some encoders are in the thousands
 
 
 class Segprobe(Strict):
@@ -46,6 +47,7 @@ class Segprobe(Strict):
     batch_size: int = Field(1024, gt=0)  # pixels
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
+    pool: Literal["patches"] = "patches"  # what is read: each of them
 
 
 class Segknn(Strict):
@@ -56,6 +58,7 @@ class Segknn(Strict):
     k: int = Field(30, gt=0)
     temperature: float = Field(0.02, gt=0)
     bank: int = Field(102_400, gt=0)  # patches of train, at most
+    pool: Literal["patches"] = "patches"
 
 
 @dataclass
@@ -113,7 +116,7 @@ def draw(
         rows, columns = drawn_pixels(classes, pixels, generator)
         size = (classes.shape[0], classes.shape[1])
         x = at_pixels(tokens, rows.to(tokens.device), columns.to(tokens.device), size)
-        features.append(x.cpu().half())
+        features.append(x.clamp(-LARGEST, LARGEST).half().cpu())
         labels.append(classes[rows, columns].long())
         n += len(rows) if at < len(rest) else 0
     return torch.cat(features), torch.cat(labels), n
