@@ -15,6 +15,7 @@ from transfer_data import OWN_CLASSES, ade20k_part, own_maps, unpack
 
 from sslbench import ledger
 from sslbench.data.dense import open_dense
+from sslbench.data.loader import held_out
 from sslbench.errors import UserError
 from sslbench.evaluate import patches
 from sslbench.evaluate.features import open_subject
@@ -273,12 +274,15 @@ def test_the_probes_read_ade20k_as_it_is_published(ade20k, invoke):
 
 
 def test_what_cannot_be_is_one_message_with_status_2(streets, invoke, tmp_path):
-    one = own_maps(tmp_path / "one", train=1)
+    one, blank = own_maps(tmp_path / "one", train=1), own_maps(tmp_path / "blank", train=2)
+    tenth = sorted((blank / "annotations/train").rglob("*.png"))[int(held_out(2)[1])]
+    Image.fromarray(np.full((40, 48), 255, np.uint8)).save(tenth)
     for words, says in (
         (["--data", streets, "--set", "science.crop=50"], "science.crop=50 is not a multiple of the patch, 4"),
         (["--data", "nowhere"], "no ade20k data set (looked for nowhere)"),
         ([], "SSLBENCH_DATA is not set"),
         (["--data", one, *SMALL], "has one image; to choose a learning rate takes two or more"),
+        (["--data", blank, *SMALL], "no pixel counts in the tenth that is held out, 1 images"),
         (["--data", streets, "--set", "science.lr=[]"], "science.lr"),
     ):
         done = invoke("eval", "segprobe", SUBJECT, *words)

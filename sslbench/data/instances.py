@@ -129,7 +129,7 @@ def _faults(tree: dict[str, Any], split: str) -> Findings:
             found.add("categories whose 'id' is not a whole number", c)
         if not isinstance(c.get("name"), str) or not c["name"].strip():
             found.add("categories whose 'name' is no text", c)
-    for name in _repeated(c.get("name") for c in tree["categories"]):
+    for name in _repeated(c["name"] for c in tree["categories"] if isinstance(c.get("name"), str)):
         found.add("a name that several categories have", name)
     categories = {c.get("id") for c in tree["categories"]}
     for a in tree["annotations"]:

@@ -14,13 +14,13 @@ from ..data.label_maps import read_pair
 from ..data.labelled import Labelled, accept
 from ..device import default_device
 from ..files import digest, write_atomically
-from ..ledger import Measurement, Record, to_ledger
+from ..ledger import Measurement, Record, Scale, to_ledger
 from ..paths import home
 from ..pictures import beside
 from ..provenance import Spent
 from ..stats import image_interval
 from ..train.launch import leave_to_first
-from .features import newest_run, open_subject
+from .features import Subject, newest_run, open_subject
 from .patches import Counts, Frozen, Scores, answer, mean_iou, pixel_accuracy
 from .run import EvalRecipe
 from .segprobe import Segknn, Segprobe, learn, remember
@@ -52,22 +52,49 @@ def segment(
     scores, condition = learn(frozen, train, s, seed) if isinstance(s, Segprobe) else remember(frozen, train, s, seed)
     (counts,) = frozen.count(val, [*range(len(val))], scores)
     condition["classes"] = int((counts.either.sum(0) > 0).sum())
-    protocol, cost, encoder = (
-        {"name": recipe.name, "hash": digest(s.model_dump(mode="json"))},
-        spent.after(),
-        subject.facts(),
-    )
-    records = []
-    for name, (value, stderr, interval) in numbers(counts).items():
-        its = {**condition, "interval": interval}
-        m = Measurement(f"{s.protocol}_{name}", value, val, val.name, protocol, its, seed, s.crop, encoder, cost,
-                        accuracy=False, stderr=stderr, scale=None if val.name == "ade20k" else "tiny")  # fmt: skip
-        records.append(to_ledger(m))
-        console.print(_line(records[-1]), markup=False)
+    records = _append(recipe, subject, val, counts, condition, seed, spent.after())
+    for r in records:
+        console.print(_line(r), markup=False)
     folder = home() / "results" / "pictures" / records[0].id
     draw(frozen, val, scores, folder)
     console.print(f"pictures in {folder}", markup=False)
     return records[0].model_dump(mode="json") | {"pictures": str(folder)}
+
+
+def _append(
+    recipe: EvalRecipe,
+    subject: Subject,
+    val: Labelled,
+    counts: Counts,
+    condition: dict[str, Any],
+    seed: int,
+    cost: dict[str, Any],
+) -> list[Record]:
+    """Every number into the ledger, mIoU first."""
+    s, encoder = recipe.science, subject.facts()
+    assert isinstance(s, Segprobe | Segknn)
+    protocol = {"name": recipe.name, "hash": digest(s.model_dump(mode="json"))}
+    scale: Scale | None = None if val.name == "ade20k" else "tiny"  # as transfer's
+    return [
+        to_ledger(
+            Measurement(
+                metric=f"{s.protocol}_{name}",
+                value=value,
+                images=val,
+                data=val.name,
+                protocol=protocol,
+                condition={**condition, "interval": interval},
+                seed=seed,
+                image_size=s.crop,
+                encoder=encoder,
+                spent=cost,
+                accuracy=False,
+                stderr=stderr,
+                scale=scale,
+            )
+        )
+        for name, (value, stderr, interval) in numbers(counts).items()
+    ]
 
 
 def _open(data: str | None, console: Console) -> tuple[Labelled, Labelled]:
@@ -75,18 +102,19 @@ def _open(data: str | None, console: Console) -> tuple[Labelled, Labelled]:
     console.print(f"looking at every photograph and label of {root}", markup=False)
     splits = open_dense("ade20k", root)
     accept(*splits)
-    for said in (said for split in splits for said in split.said):
+    for said in (*splits[0].said, *splits[1].said):
         console.print(said, markup=False)
     return splits
 
 
 def _line(r: Record) -> str:
     """`segprobe_miou     31.20 +- 0.90 %  ade3, n=50, segprobe; 95 % interval over images 29.5 to 33.0`"""
-    error = "" if r.stderr is None else f" +- {r.stderr:.2f}"
-    interval = (
-        "" if r.stderr is None else "; 95 % interval over images {:.1f} to {:.1f}".format(*r.condition["interval"])
-    )
-    return f"{r.metric:16} {r.value:6.2f}{error} %  {r.dataset}, n={r.n}, {r.protocol.name}{interval}"
+    line = f"{r.metric:16} {r.value:6.2f}"
+    if r.stderr is None:
+        return f"{line} %  {r.dataset}, n={r.n}, {r.protocol.name}"
+    low, high = r.condition["interval"]
+    interval = f"95 % interval over images {low:.1f} to {high:.1f}"
+    return f"{line} +- {r.stderr:.2f} %  {r.dataset}, n={r.n}, {r.protocol.name}; {interval}"
 
 
 def numbers(c: Counts) -> dict[str, tuple[float, float | None, list[float] | None]]:

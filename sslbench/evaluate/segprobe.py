@@ -17,7 +17,7 @@ which is enlarged bilinearly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -30,8 +30,8 @@ from ..errors import UserError
 from ..strict import Strict
 from .linprobe import train_heads
 from .patches import Frozen, Scores, at_pixels, drawn_pixels, mean_iou, patch_labels
+from .probe import Rate
 
-Rate = Annotated[float, Field(gt=0)]
 CHUNK = 2**16  # pixels that are standardised at once
 LARGEST = torch.finfo(torch.float16).max  # a few channels of some encoders are in the thousands
 
@@ -79,12 +79,15 @@ class Linear:
 def learn(frozen: Frozen, train: Labelled, s: Segprobe, seed: int) -> tuple[Scores, dict[str, Any]]:
     """The head, trained on all of train with the learning rate that was chosen on a tenth of it; and which that is.
 
-    UserError: one image alone, of which no tenth can be held out.
+    UserError: one image alone, of which no tenth can be held out, or no pixel that counts on either side.
     """
     if len(train) < 2:
         raise UserError(f"{train.images} has one image; to choose a learning rate takes two or more")
     rest, tenth = (index.tolist() for index in held_out(len(train)))
-    x, y, n = draw(frozen, train, rest, tenth, s.pixels, seed)
+    x, y, n = sample(frozen, train, rest, tenth, s.pixels, seed)
+    if not 0 < n < len(x):
+        which = f"the tenth that is held out, {len(tenth)}" if n else f"those to learn from, {len(rest)}"
+        raise UserError(f"{train.source}: no pixel counts in {which} images; label more of train's")
     mean, std = standardise(x)
     mean, std = mean.to(frozen.device), std.to(frozen.device)
 
@@ -103,7 +106,7 @@ def learn(frozen: Frozen, train: Labelled, s: Segprobe, seed: int) -> tuple[Scor
     return lambda tokens: [head(tokens)], {"lr": best, "pixels": len(x)}
 
 
-def draw(
+def sample(
     frozen: Frozen, train: Labelled, rest: list[int], tenth: list[int], pixels: int, seed: int
 ) -> tuple[Tensor, Tensor, int]:
     """(tokens at pixels (M, D) float16, their classes (M,), how many of them are of `rest`, which come first).
@@ -129,7 +132,8 @@ def standardise(x: Tensor) -> tuple[Tensor, Tensor]:
         total += part.double().sum(0)
         square += part.double().square().sum(0)
     mean = total / len(x)
-    std = (square / len(x) - mean.square()).clamp_min(0).sqrt().clamp_min(1e-6)
+    std = (square / len(x) - mean.square()).clamp_min(0).sqrt()
+    std = torch.maximum(std, 1e-3 * mean.abs() + 1e-6)  # below which a channel's spread is float16's rounding
     for part in x.split(CHUNK):
         part.copy_((part.double() - mean) / std)
     return mean.float(), std.float()
