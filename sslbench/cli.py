@@ -347,6 +347,33 @@ def geometry(
     answer(as_json, describe(eval_recipe("geometry", recipe, sets or []), run, other, data, seed, console(as_json)))
 
 
+def _segment_command(kind: str, help: str) -> None:
+    @eval_app.command(kind, help=help)
+    def command(
+        run: Run = None,
+        data: Annotated[
+            str | None, typer.Option("--data", help="Folder of photographs and label maps; $SSLBENCH_DATA's ADE20K.")
+        ] = None,
+        recipe: RecipeName = None,
+        sets: Sets = None,
+        seed: EvalSeed = None,
+        as_: As = None,
+        pretrained_on: PretrainedOn = None,
+        epochs: ToldEpochs = None,
+        as_json: Json = False,
+    ) -> None:
+        from .evaluate.run import eval_recipe
+        from .evaluate.segment import segment
+        from .evaluate.told import tell
+
+        told, protocol = tell(as_, pretrained_on, epochs), eval_recipe(kind, recipe, sets or [])
+        answer(as_json, segment(protocol, run, data, seed, console(as_json), told))
+
+
+_segment_command("segprobe", "A linear head on frozen patch tokens, by pixel labels: mIoU.")
+_segment_command("segknn", "Neighbours of frozen patch tokens, by pixel labels: mIoU.")
+
+
 def _transfer_command(kind: str, help: str) -> None:
     @transfer_app.command(kind, help=help)
     def command(
@@ -367,8 +394,14 @@ def _transfer_command(kind: str, help: str) -> None:
         answer(as_json, transfer(protocol, run, data, console(as_json), told=told))
 
 
-_transfer_command("coco", "Mask R-CNN: box and mask AP. The same command again resumes an unfinished run.")
-_transfer_command("ade20k", "UPerNet: mIoU. The same command again resumes an unfinished run.")
+_transfer_command(
+    "coco",
+    "Mask R-CNN: box and mask AP, on COCO or a set in its format. The same command resumes.",
+)
+_transfer_command(
+    "ade20k",
+    "UPerNet: mIoU, on ADE20K or label maps with classes.txt. The same command resumes.",
+)
 
 
 @app.command()

@@ -24,7 +24,8 @@ from .right import keep
 
 Scale = Literal["tiny", "cifar", "paper"]
 PERCENT = (
-    r"(knn|linprobe|attentive|finetune|knn_held_out|function)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc"
+    r"(knn|linprobe|attentive|finetune|knn_held_out|function)_top1|knn_top1_k\d+|top1|(bbox|mask)_ap\w*|miou|aacc|macc|"
+    r"(segprobe|segknn)_(miou|aacc)"
 )
 GEOMETRY = ("rankme", "effective_rank", "feature_std", "uniformity", "alignment", "cka")  # numbers without a unit
 

@@ -81,6 +81,24 @@ def crossed_interval(x: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
+def image_interval(
+    statistic: Callable[..., np.ndarray], *of_images: np.ndarray, level: float = 0.95
+) -> tuple[float | None, list[float] | None]:
+    """(standard error, [low, high]) of a statistic of sums over images, such as mIoU, by the percentile bootstrap:
+    images are drawn anew with replacement. Deterministic; None of a single image.
+
+    of_images: what is summed, each (N, K), a row an image. statistic takes as many arrays (RESAMPLES, K) of sums, and
+    gives a number a row.
+    """
+    n = len(of_images[0])
+    if n < 2:
+        return None, None
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)  # each was drawn
+    values = statistic(*(times @ x for x in of_images))
+    tail = 50 * (1 - level)
+    return float(values.std(ddof=1)), [float(v) for v in np.percentile(values, [tail, 100 - tail])]
+
+
 def holm(ps: dict[K, float]) -> dict[K, float]:
     """Holm's step-down correction (1979): p times the number of hypotheses that are not yet ahead of it."""
     out: dict[K, float] = {}

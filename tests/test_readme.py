@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transfer_data import coco_part, unpack
+from transfer_data import coco_part, own_maps, unpack
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,6 +50,9 @@ def test_every_command_of_the_readme_runs_in_order(invoke, few_images, tmp_path)
         QUICKER["sslbench", "transfer", "coco", "--data", "DIR"] = ["--data", part, "--recipe", "coco_smoke"]
     else:
         lacking.append(["transfer", "coco", "--data", "DIR"])
+    maps = own_maps(tmp_path / "maps")
+    for probe in ("segprobe", "segknn"):
+        QUICKER["sslbench", "eval", probe, "--data", "DIR"] = ["--data", maps, "--set", "science.crop=32"]
     for command in COMMANDS:
         if command == ["sslbench", "quickstart"]:  # test_quickstart.py runs it
             continue

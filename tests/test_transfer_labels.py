@@ -9,7 +9,9 @@ from PIL import Image
 from transfer_data import ade20k_part, coco_part, unpack
 
 from sslbench.data import photographs
-from sslbench.data.labelled import COCO_CLASSES, accept, open_ade20k, open_coco
+from sslbench.data.instances import COCO_CLASSES, open_coco
+from sslbench.data.label_maps import open_ade20k
+from sslbench.data.labelled import accept
 from sslbench.errors import UserError
 
 EXIF = 0x0112
@@ -156,7 +158,7 @@ def test_what_mmdet_and_pycocotools_would_misread_is_mended_and_said(coco):
     shutil.move(coco / "b", coco / "val2017/a/b")
     with quiet(), DefaultScope.overwrite_default_scope("mmdet"):
         _, val = task.open_data(coco, transfer_recipe("coco", "coco_smoke").science)
-        truth = task.COCO(val.dataset.ann_file)
+        truth = task.COCO(val.dataset.ann_file, COCO_CLASSES)
         answer = [{**{k: a[k] for k in ("image_id", "category_id", "bbox", "segmentation")}, "score": 0.9}
                   for a in before["annotations"]]  # fmt: skip
         assert task._average_precision(truth, answer, "bbox")[0] == pytest.approx(1)

@@ -289,7 +289,7 @@ def test_caes_crops_and_matches_are_its_codes_and_vitdets_are_not():
     assert next(t for t in coco._train_pipeline(vitdet, found) if t["type"] == "RandomCrop")["recompute_bbox"] is True
     subject = SimpleNamespace(encoder=encoder(), arch="small", mean=(0.5,) * 3, std=(0.5,) * 3)
     for s, expected in ((cae, True), (vitdet, False)):
-        config = coco.model(s, subject, TransferMachine(), synchronised=False)["train_cfg"]
+        config = coco.model(s, subject, TransferMachine(), synchronised=False, classes=80)["train_cfg"]
         assert config["rpn"]["assigner"]["match_low_quality"] is True
         assert config["rcnn"]["assigner"]["match_low_quality"] is expected
 

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..errors import UserError
+from .dense import check_labels
 from .images import ImageSet, MemoryImages, PackedImages
-from .labelled import check_labels
 from .loader import CORRUPT_LIMIT
 from .sources import numbered_alike, open_split
 

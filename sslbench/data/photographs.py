@@ -74,11 +74,22 @@ def look_at_photograph(path: Path) -> Facts:
 
 def look_at_map(path: Path) -> Facts:
     """[width, height, least label, largest label] of a label map."""
+    values = _values(path)
+    return [values.shape[1], values.shape[0], int(values.min()), int(values.max())]
+
+
+def look_at_classes(path: Path) -> Facts:
+    """[width, height, every label that it has] of a label map."""
+    values = _values(path)
+    return [values.shape[1], values.shape[0], *np.unique(values).tolist()]
+
+
+def _values(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         values = np.asarray(image)
     if values.ndim != 2 or values.dtype.kind not in "biu":
         raise OSError(f"has {values.ndim} dimensions of {values.dtype}: expected one whole number a pixel")
-    return [values.shape[1], values.shape[0], int(values.min()), int(values.max())]
+    return values
 
 
 def turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:

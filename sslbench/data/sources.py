@@ -24,6 +24,8 @@ from ..paths import data_root
 from ..plugin import is_plugin, load_plugin
 from .hub import open_hub
 from .images import EXTENSIONS, HIDDEN, FolderImages, ImageSet, JoinedImages, MemoryImages, PackedImages, is_image
+from .instances import FOLDERS, WORDS, locate, read_instances
+from .label_maps import ADE20K_FOLDERS, OWN_FOLDERS
 from .layouts import published, tiny_imagenet
 from .names import data_name
 from .shards import open_shards
@@ -154,15 +156,20 @@ def _joined(parts: list[ImageSet]) -> ImageSet:
 
 def _photographs(kind: str, path: Path, split: str) -> FolderImages:
     """Without labels. COCO's: PATH/train2017/*.jpg and PATH/val2017/*.jpg, or the same under images/; ADE20K's:
-    PATH/images/training/*.jpg and PATH/images/validation/*.jpg."""
-    places = [path / f"{split}2017", path / "images" / f"{split}2017", path / "images" / split]
+    PATH/images/training/*.jpg and PATH/images/validation/*.jpg; a set's of its own: where its labels are read from."""
     if kind == "ade20k":
-        places = [path / "images" / {"train": "training", "val": "validation"}[split]]
+        places = [path / "images" / name for name in dict.fromkeys([ADE20K_FOLDERS[split], *OWN_FOLDERS[split]])]
+    else:
+        places = [path / form.format(word) for form in FOLDERS for word in WORDS[split]]
     root = next((place for place in places if place.is_dir()), None)
-    if root is None:
+    if root is None and kind == "coco" and (path / "images").is_dir():
+        source, root = locate(path, split)  # all photographs in one folder: the instance file says which
+        files = sorted(str(i.get("file_name")) for i in read_instances(source)["images"])
+    elif root is None:
         found = _listing(path) if path.is_dir() else "no such folder"
         raise UserError(f"data '{kind}:{path}': expected {places[0]}/*.jpg, found {found}. {HINT}")
-    files = sorted(p.name for p in root.iterdir() if is_image(p.name))
+    else:
+        files = sorted(p.name for p in root.iterdir() if is_image(p.name)) or sorted(_images_under(root, ""))
     if not files:
         raise UserError(f"data '{kind}:{path}': no images in {root}")
     return FolderImages(kind, split, root, files, None, [])

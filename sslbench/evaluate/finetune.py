@@ -306,13 +306,18 @@ class FinetuneJob(LabelledJob):
         write_weights(path, {k: v.float() for k, v in state.items()}, metadata)
 
 
-def resized(encoder: VisionTransformer, image: int) -> VisionTransformer:
-    """A copy of the encoder for images of another size, its positions resampled. UserError: they are relative."""
+def resized(encoder: VisionTransformer, image: int, key: str = "science.image_size") -> VisionTransformer:
+    """A copy of the encoder for images of another size, its positions resampled. key: what a recipe calls the size.
+
+    UserError: the positions are relative, or the size is no multiple of the patch.
+    """
     if encoder.parts.relative and image != encoder.image[0]:
         raise UserError(
-            f"the encoder's relative positions are for images of {encoder.image[0]} pixels, not {image}; leave "
-            f"science.image_size out, or set it to {encoder.image[0]}"
+            f"the encoder's relative positions are for images of {encoder.image[0]} pixels, not {image}; "
+            f"set {key}={encoder.image[0]}"
         )
+    if image % encoder.arch.patch:
+        raise UserError(f"{key}={image} is not a multiple of the patch, {encoder.arch.patch}")
     new = VisionTransformer(encoder.arch, image, encoder.parts)
     state = dict(encoder.state_dict())
     state["pos_embed"] = resample_positions(state["pos_embed"], encoder.grid, new.grid)

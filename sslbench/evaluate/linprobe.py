@@ -39,14 +39,15 @@ def linear_right(
     held = max(1, round(len(train) * selection))
     fit, select = order[held:], order[:held]
 
-    def heads(index: Tensor, rates: list[float]) -> Heads:
-        heads = Heads(train.shape[1], classes, rates, seed).to(train.device)
-        heads.fit(train[index], train_labels[index], epochs, batch_size, momentum, weight_decay, seed)
-        return heads
+    def heads(index: Tensor, rates: list[float]) -> tuple[Tensor, Tensor]:
+        x, y = train[index], train_labels[index]
+        return train_heads(x, y, classes, rates, epochs, batch_size, momentum, weight_decay, seed)
 
-    right = (heads(fit, lrs)(train[select]).argmax(-1) == train_labels[select]).sum(1)
+    weight, bias = heads(fit, lrs)
+    right = ((train[select] @ weight + bias).argmax(-1) == train_labels[select]).sum(1)
     best = lrs[int(right.argmax())]
-    predicted = heads(order, [best])(test)[0].argmax(1)
+    weight, bias = heads(order, [best])
+    predicted = (test @ weight[0] + bias[0]).argmax(1)
     return (predicted == test_labels).cpu(), best
 
 
@@ -54,44 +55,51 @@ def _generator(seed: int, what: str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of("linprobe", what, seed))
 
 
-class Heads(nn.Module):
-    """Linear classifiers from one start, one a learning rate."""
+def train_heads(
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    lrs: list[float],
+    epochs: int,
+    batch_size: int,
+    momentum: float,
+    weight_decay: float,
+    seed: int,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Linear heads from one start, one a learning rate: weights (L, D, K), biases (L, 1, K).
 
-    def __init__(self, dim: int, classes: int, rates: list[float], seed: int) -> None:
-        super().__init__()
-        start = 0.01 * torch.randn(dim, classes, generator=_generator(seed, "init")).T
-        self.rates = rates
-        self.weights = nn.ParameterList(start.clone() for _ in rates)
-        self.biases = nn.ParameterList(torch.zeros(classes) for _ in rates)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, D) -> logits (heads, N, classes); one product for all heads."""
-        logits = F.linear(x, torch.cat(list(self.weights)), torch.cat(list(self.biases)))
-        return logits.view(len(x), len(self.rates), -1).transpose(0, 1)
-
-    @torch.enable_grad()
-    def fit(
-        self, x: Tensor, y: Tensor, epochs: int, batch_size: int, momentum: float, weight_decay: float, seed: int
-    ) -> None:
-        """Momentum SGD with a cosine to zero, each head's lr its rate x batch / 256; no weight decay on biases."""
-        generator = _generator(seed, "order")
-        batch_size = min(batch_size, len(x))
-        steps = epochs * (len(x) // batch_size)
-        groups = [
-            {"params": [p], "lr": rate * batch_size / 256, "weight_decay": decay}
-            for parameters, decay in ((self.weights, weight_decay), (self.biases, 0.0))
-            for p, rate in zip(parameters, self.rates, strict=True)
-        ]
-        optimizer = torch.optim.SGD(groups, momentum=momentum)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
-        order = torch.empty(0, dtype=torch.long, device=x.device)
-        for _ in range(steps):
-            if len(order) < batch_size:
-                order = torch.randperm(len(x), generator=generator).to(x.device)
-            index, order = order[:batch_size], order[batch_size:]
-            # A head's loss is the mean over its images; since heads share nothing, their sum trains each alone.
-            loss = F.cross_entropy(self(x[index]).flatten(0, 1), y[index].repeat(len(self.rates)), reduction="sum")
+    x (N, D), y (N,) in 0..K-1. Momentum SGD with a cosine to zero, the lr being the rate x batch / 256; no weight decay
+    on biases. Computes in float32 on `device`, where batches are sent; None: x's.
+    """
+    device = device or x.device
+    generator = _generator(seed, "order")
+    start = 0.01 * torch.randn(x.shape[1], classes, generator=_generator(seed, "init")).T
+    weights: list[Tensor] = [nn.Parameter(start.to(device, copy=True)) for _ in lrs]
+    biases: list[Tensor] = [nn.Parameter(torch.zeros(classes, device=device)) for _ in lrs]
+    batch_size = min(batch_size, len(x))
+    steps = epochs * (len(x) // batch_size)
+    groups = [
+        {"params": [p], "lr": rate * batch_size / 256, "weight_decay": decay}
+        for parameters, decay in ((weights, weight_decay), (biases, 0.0))
+        for p, rate in zip(parameters, lrs, strict=True)
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=momentum)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if len(order) < batch_size:
+            order = torch.randperm(len(x), generator=generator)
+        index, order = order[:batch_size].to(x.device), order[batch_size:]
+        target = y[index].to(device)
+        with torch.enable_grad():
+            # One product for all heads. A head's loss is the mean over its rows; since heads share nothing, the sum of
+            # their losses trains each alone.
+            logits = F.linear(x[index].to(device, torch.float32), torch.cat(weights), torch.cat(biases))
+            each = logits.view(len(index) * len(lrs), classes)
+            loss = F.cross_entropy(each, target.repeat_interleave(len(lrs)), reduction="sum") / len(index)
             optimizer.zero_grad()
-            (loss / batch_size).backward()
-            optimizer.step()
-            schedule.step()
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+    return torch.stack([w.detach().T for w in weights]), torch.stack([b.detach()[None] for b in biases])

@@ -35,6 +35,7 @@ from .job import LabelledJob, protocol_hash
 from .labels import LabelShare, list_facts, list_of, protocol_name
 from .linprobe import linear_right
 from .probe import AugmentedProbe, ProbeJob, Rate
+from .segprobe import Segknn, Segprobe
 from .told import NOTHING, PUBLIC, Told
 
 
@@ -84,9 +85,19 @@ TRAINED = Finetune | AugmentedProbe | Attentive  # by the loop, in a run folder 
 
 class EvalRecipe(Strict):
     name: str
-    science: Knn | HeldOutKnn | Linprobe | AugmentedProbe | Attentive | Finetune | Robustness | Geometry | Function = (
-        Field(discriminator="protocol")
-    )
+    science: (
+        Knn
+        | HeldOutKnn
+        | Linprobe
+        | AugmentedProbe
+        | Attentive
+        | Finetune
+        | Robustness
+        | Geometry
+        | Segprobe
+        | Segknn
+        | Function
+    ) = Field(discriminator="protocol")
     machine: Machine = Machine()
 
 

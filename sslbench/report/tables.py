@@ -262,7 +262,7 @@ def plain_name(protocol: str, metric: str) -> str:
     standard, _, k = metric.partition("_k")
     if pool and kind in WORDS and standard == f"{kind}_top1":
         return f"{WORDS[kind]}{f' k={k}' if k else ''}, {pool.replace('_', ' ')}"
-    return f"{protocol} {metric}"
+    return f"{protocol} {metric.removeprefix(f'{protocol}_')}"
 
 
 def cell_of(records: list[Record]) -> Cell:

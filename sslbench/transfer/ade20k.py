@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmseg.datasets import ADE20KDataset
+from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from mmseg.evaluation import IoUMetric
 from mmseg.visualization import SegLocalVisualizer
 
-from ..data.labelled import ADE20K_CLASSES, Labelled, accept, open_ade20k
+from ..data.dense import open_dense
+from ..data.labelled import Labelled, accept
 from ..errors import UserError
+from ..evaluate.patches import mean_iou, pixel_accuracy
+from ..pictures import palette
 from . import loading  # noqa: F401 - registers how a photograph is read
 from .backbone import backbone_config, pixels
 from .job import Split
@@ -21,7 +23,6 @@ from .protocol import Ade20k
 from .runner import pictures, test
 
 SCOPE = "mmseg"
-OFFICIAL = {"train": 20_210, "val": 2_000}
 
 
 def image_size(s: Ade20k) -> int:
@@ -31,29 +32,41 @@ def image_size(s: Ade20k) -> int:
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
+class OwnMaps(BaseSegDataset):
+    """mmseg's data set over photographs and label maps that were found and checked, of a set's own classes."""
+
+    def __init__(self, labelled: Labelled, **more: Any) -> None:
+        self.pairs = labelled.pairs
+        names = {"classes": tuple(labelled.classes), "palette": palette(len(labelled.classes))}
+        super().__init__(metainfo=names, reduce_zero_label=False, **more)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        more = {"label_map": None, "reduce_zero_label": False}
+        return [{"img_path": str(a), "seg_map_path": str(b), "seg_fields": [], **more} for a, b in self.pairs]
+
+
 def open_data(root: Path, s: Ade20k) -> tuple[Split, Split]:
-    """Train and val of ADEChallengeData2016's layout. UserError: what was expected, and what is there."""
-    splits = {split: open_ade20k(root, split) for split in OFFICIAL}
-    accept(*splits.values())
-    official = {split: len(f.files) // 2 for split, f in splits.items()} == OFFICIAL
+    """Train and val of ADEChallengeData2016's layout, or of label maps with a class list. UserError: what was expected,
+    and what is there."""
+    splits = open_dense("ade20k", root)
+    accept(*splits)
     out = []
-    for split, labelled in splits.items():
-        dataset = ADE20KDataset(
-            data_prefix={"img_path": str(labelled.images), "seg_map_path": str(labelled.source)},
-            pipeline=_train_pipeline(s, labelled) if split == "train" else _test_pipeline(s, labelled),
-            test_mode=split == "val",
-        )
-        listing = "".join(f"{p.parent.name}/{p.name}\0{p.stat().st_size}\n" for p in labelled.files)
-        fingerprint = hashlib.sha256(listing.encode()).hexdigest()[:12]
-        name = "ade20k" if official else labelled.images.parents[1].resolve().name
-        out.append(Split(name, split, dataset, fingerprint, labelled.said))
+    for split, labelled in zip(("train", "val"), splits, strict=True):
+        pipeline = _train_pipeline(s, labelled) if split == "train" else _test_pipeline(s, labelled)
+        more: dict[str, Any] = {"pipeline": pipeline, "test_mode": split == "val"}
+        if labelled.own:
+            dataset = OwnMaps(labelled, **more)
+        else:
+            folders = {"img_path": str(labelled.images), "seg_map_path": str(labelled.source)}
+            dataset = ADE20KDataset(data_prefix=folders, **more)
+        out.append(Split(labelled.name, split, dataset, labelled.fingerprint, labelled.said))
     return out[0], out[1]
 
 
 def _train_pipeline(s: Ade20k, labelled: Labelled) -> list[dict[str, Any]]:
     return [
         {"type": "SslbenchLoadImage", "turned": labelled.turned},
-        {"type": "LoadAnnotations", "reduce_zero_label": True},
+        {"type": "LoadAnnotations", "reduce_zero_label": not labelled.own},
         {"type": "RandomResize", "scale": (4 * s.crop, s.crop), "ratio_range": (0.5, 2.0), "keep_ratio": True},
         {"type": "RandomCrop", "crop_size": (s.crop, s.crop), "cat_max_ratio": 0.75},
         {"type": "RandomFlip", "prob": 0.5},
@@ -66,7 +79,7 @@ def _test_pipeline(s: Ade20k, labelled: Labelled) -> list[dict[str, Any]]:
     return [
         {"type": "SslbenchLoadImage", "turned": labelled.turned},
         {"type": "Resize", "scale": (4 * s.crop, s.crop), "keep_ratio": True},
-        {"type": "LoadAnnotations", "reduce_zero_label": True},
+        {"type": "LoadAnnotations", "reduce_zero_label": not labelled.own},
         {"type": "PackSegInputs"},
     ]
 
@@ -74,14 +87,14 @@ def _test_pipeline(s: Ade20k, labelled: Labelled) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
-def model(s: Ade20k, subject: Any, machine: Any, synchronised: bool) -> dict[str, Any]:
-    """mmseg's config of the segmentor."""
+def model(s: Ade20k, subject: Any, machine: Any, synchronised: bool, classes: int) -> dict[str, Any]:
+    """mmseg's config of the segmentor of so many classes."""
     dim, patch = subject.encoder.arch.dim, subject.encoder.arch.patch
     if s.crop % (2 * patch):
         raise UserError(f"science.crop={s.crop} is not a multiple of {2 * patch}, twice the patch of {subject.arch}")
     grid, norm = (s.crop // patch, s.crop // patch), norm_cfg("SyncBN", synchronised)
     head = {
-        "num_classes": ADE20K_CLASSES,
+        "num_classes": classes,
         "dropout_ratio": 0.1,
         "norm_cfg": norm,
         "align_corners": False,
@@ -130,13 +143,13 @@ class MeanIoU(IoUMetric):
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         both, either, _, truth = (sum(counts).double().numpy() for counts in zip(*results, strict=True))
-        with np.errstate(invalid="ignore"):  # a class that neither image nor answer has counts nowhere
-            iou, recall = both / either, both / truth
+        with np.errstate(invalid="ignore"):  # a class that no image has counts nowhere
+            recall = both / truth
         return {
-            "miou": 100 * float(np.nanmean(iou)),
-            "aacc": 100 * float(both.sum() / truth.sum()),
+            "miou": float(mean_iou(both, either)),
+            "aacc": float(pixel_accuracy(both, truth)),
             "macc": 100 * float(np.nanmean(recall)),
-            "classes": int(np.isfinite(iou).sum()),
+            "classes": int((either > 0).sum()),
         }
 
 

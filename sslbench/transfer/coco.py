@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from mmdet.evaluation import CocoMetric
 from mmdet.visualization import DetLocalVisualizer
 from pycocotools.cocoeval import COCOeval
 
-from ..data.labelled import Labelled, accept, mend, open_coco, read_instances
+from ..data.dense import open_dense
+from ..data.instances import mend, read_instances
+from ..data.labelled import Labelled, accept
 from ..errors import UserError
+from ..pictures import palette
 from . import loading  # noqa: F401 - registers how a photograph is read
 from .backbone import backbone_config, pixels
 from .job import Split
@@ -23,7 +26,6 @@ from .protocol import Coco, Lsj, MultiScale
 from .runner import pictures, test
 
 SCOPE = "mmdet"
-OFFICIAL = {"train": 118_287, "val": 5_000}
 NAMES = ("ap", "ap50", "ap75")
 
 
@@ -35,13 +37,13 @@ def image_size(s: Coco) -> int:
 
 
 class COCO(Api):
-    """pycocotools' index of an instance file, mended (`labelled.mend`). tree: its content, where it was read."""
+    """pycocotools' index of an instance file, mended (`instances.mend`). tree: its content, where it was read."""
 
-    def __init__(self, file: str, tree: dict[str, Any] | None = None) -> None:
+    def __init__(self, file: str, classes: Sequence[str], tree: dict[str, Any] | None = None) -> None:
         super().__init__()
         if tree is None:
             tree = read_instances(Path(file))
-            mend(tree)
+            mend(tree, classes)
         self.dataset = tree
         self.createIndex()
         self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
@@ -52,20 +54,21 @@ class Instances(CocoDataset):
 
     def __init__(self, labelled: Labelled, **more: Any) -> None:
         self.tree = labelled.tree
+        if labelled.own:
+            more["metainfo"] = {"classes": tuple(labelled.classes), "palette": palette(len(labelled.classes))}
         super().__init__(ann_file=str(labelled.source), data_prefix={"img": str(labelled.images)}, **more)
         del self.tree
 
     def COCOAPI(self, file: str) -> COCO:  # mmdet's name for what it opens the file with
-        return COCO(file, self.tree)
+        return COCO(file, self.metainfo["classes"], self.tree)
 
 
 def open_data(root: Path, s: Coco) -> tuple[Split, Split]:
-    """Train and val of COCO's layout. UserError: what was expected, and what is there."""
-    splits = {split: open_coco(root, split) for split in OFFICIAL}
-    accept(*splits.values())
-    name = "coco" if {split: len(f.files) for split, f in splits.items()} == OFFICIAL else root.resolve().name
+    """Train and val in COCO's format, of its categories or others. UserError: what was expected, and what is there."""
+    splits = open_dense("coco", root)
+    accept(*splits)
     out = []
-    for split, labelled in splits.items():
+    for split, labelled in zip(("train", "val"), splits, strict=True):
         dataset = Instances(
             labelled,
             pipeline=_train_pipeline(s, labelled) if split == "train" else _test_pipeline(s, labelled),
@@ -73,11 +76,9 @@ def open_data(root: Path, s: Coco) -> tuple[Split, Split]:
             test_mode=split == "val",
         )
         labelled.tree = {}
-        with open(labelled.source, "rb") as f:
-            fingerprint = hashlib.file_digest(f, "sha256").hexdigest()[:12]
-        out.append(Split(name, split, dataset, fingerprint, labelled.said))
+        out.append(Split(labelled.name, split, dataset, labelled.fingerprint, labelled.said))
     if not len(out[0]):
-        raise UserError(f"{splits['train'].source} has no image with an object that is to be learnt")
+        raise UserError(f"{splits[0].source} has no image with an object that is to be learnt")
     return out[0], out[1]
 
 
@@ -123,8 +124,8 @@ def _test_pipeline(s: Coco, labelled: Labelled) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
-def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, Any]:
-    """mmdet's config of the detector."""
+def model(s: Coco, subject: Any, machine: Any, synchronised: bool, classes: int) -> dict[str, Any]:
+    """mmdet's config of the detector of so many classes."""
     dim, patch = subject.encoder.arch.dim, subject.encoder.arch.patch
     # Fixed squares are padded to their size; others to what both the patch and the smallest map divide.
     multiple = s.input.size if isinstance(s.input, Lsj) else 2 * patch
@@ -196,7 +197,7 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
                 "conv_out_channels": s.width,
                 "fc_out_channels": 4 * s.width,
                 "roi_feat_size": 7,
-                "num_classes": 80,
+                "num_classes": classes,
                 "norm_cfg": norm[s.box_norm],
                 "bbox_coder": {**box_coder, "target_stds": [0.1, 0.1, 0.2, 0.2]},
                 "reg_class_agnostic": False,
@@ -210,7 +211,7 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
                 "num_convs": 4,
                 "in_channels": s.width,
                 "conv_out_channels": s.width,
-                "num_classes": 80,
+                "num_classes": classes,
                 "norm_cfg": norm[s.mask_norm] if s.mask_norm else None,
                 "loss_mask": {"type": "CrossEntropyLoss", "use_mask": True, "loss_weight": 1.0},
             },
@@ -236,7 +237,7 @@ def model(s: Coco, subject: Any, machine: Any, synchronised: bool) -> dict[str, 
 def score(job: Any, net: Any, folder: Path, fabric: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """({metric: percent}, condition). Predictions go to `folder`/predictions.{bbox,segm}.json, in COCO's format."""
     dataset, prefix = job.val.dataset, str(folder / "predictions")
-    truth = COCO(dataset.ann_file)
+    truth = COCO(dataset.ann_file, dataset.metainfo["classes"])
     metric = CocoMetric(metric=["bbox", "segm"], format_only=True, outfile_prefix=prefix, backend_args=None)
     metric._coco_api = truth  # whose categories are in the order of the class numbers
     test(job, net, folder, fabric, metric)

@@ -134,7 +134,7 @@ class TransferJob(Job):
 
         torch.manual_seed(seed_of("weights", self.seed))
         synchronised = self.machine.devices * self.machine.nodes > 1 and default_device().type == "cuda"
-        config = self.task.model(self.science, self.subject, self.machine, synchronised)
+        config = self.task.model(self.science, self.subject, self.machine, synchronised, len(self.classes))
         with self.scope():
             model = MODELS.build(ConfigDict(config))
             model.init_weights()

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..data.dense import find_data
 from ..errors import UserError
 from ..evaluate.features import newest_run, open_subject, read_safetensors
 from ..evaluate.run import in_ledger, same_images, same_subject
 from ..evaluate.told import NOTHING, Told
 from ..files import check_weights, hashes, write_json
 from ..ledger import Measurement, Record, Scale, to_ledger
-from ..paths import data_root, home
+from ..paths import home
 from ..provenance import Spent
 from ..train.launch import leave_the_others
 from ..train.loop import fit, make_fabric
@@ -138,20 +139,3 @@ def score(job: TransferJob, folder: Path, info: dict[str, Any], tuning: dict[str
     with job.scope(), torch.inference_mode():
         job.task.draw(job, model.eval(), folder)
     return records
-
-
-def find_data(kind: str, data: str | None) -> Path:
-    """The data set's folder: --data, that name under $SSLBENCH_DATA, or its usual name there."""
-    root = data_root()
-    usual = {"coco": ["coco"], "ade20k": ["ADEChallengeData2016", "ade20k"]}[kind]
-    names = [data.removeprefix(f"{kind}:")] if data else usual
-    places = [Path(n).expanduser() for n in names if data] + [root / n for n in names if root]
-    folder = next((p for p in places if p.is_dir()), None)
-    if folder is None:
-        looked = f"looked for {', '.join(map(str, places))}" if places else "SSLBENCH_DATA is not set"
-        layout = {
-            "coco": "annotations/instances_{train,val}2017.json, train2017/, val2017/",
-            "ade20k": "images/{training,validation}/, annotations/{training,validation}/",
-        }[kind]
-        raise UserError(f"no {kind} data set ({looked}); point to it with --data DIR, which holds {layout}")
-    return folder
