@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from .errors import Interrupted, RunFailed, UserError, full, is_full, is_unusable, lost_loader
+from .errors import Failure, Interrupted, RunFailed, UserError, full, is_full, is_unusable, lost_loader
 from .paths import expand
 from .train.launch import first_process, leave_to_first, refuse_several
 
@@ -119,13 +119,12 @@ def answer(as_json: bool, value: Any) -> None:
 
 @contextlib.contextmanager
 def answer_of_failed(as_json: bool) -> Iterator[None]:
-    """Where some runs of a study failed: what the others gave, before the error."""
-    from .study.grid import StudyFailed
-
+    """What there is to say in JSON of a command that failed, such as the runs of a study that did not."""
     try:
         yield
-    except StudyFailed as e:
-        answer(as_json, e.answer)
+    except Failure as e:
+        if e.answer is not None:
+            answer(as_json, e.answer)
         raise
 
 
@@ -173,6 +172,10 @@ def pretrain(
     batch_size: BatchSize = None,
     sets: Sets = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs, one after the other, with seeds from --seed on, each in its folder."),
+    ] = None,
     devices: Devices = None,
     nodes: Nodes = None,
     precision: Precision = None,
@@ -187,6 +190,7 @@ def pretrain(
 ) -> None:
     """Pre-train an encoder. The same command again resumes an unfinished run."""
     from .commands.pretrain import dry, start
+    from .commands.seeds import dry_seeds, start_seeds
     from .evaluate.start import settle
     from .recipe import compose
 
@@ -200,10 +204,13 @@ def pretrain(
         machine={"devices": devices, "nodes": nodes, "precision": precision, "compile": compile},
     )
     resolved = settle(resolved)
-    if dry_run:
-        answer(as_json, dry(resolved, console(as_json)))
-    else:
-        answer(as_json, start(resolved, out, console(as_json), slurm))
+    talk = console(as_json)
+    if seeds is None:
+        answer(as_json, dry(resolved, talk) if dry_run else start(resolved, out, talk, slurm))
+        return
+    with answer_of_failed(as_json):
+        answered = dry_seeds(resolved, seeds, out, talk) if dry_run else start_seeds(resolved, seeds, out, talk, slurm)
+    answer(as_json, answered)
 
 
 @app.command()
