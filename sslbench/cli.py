@@ -86,10 +86,12 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(cls=Group, no_args_is_help=True, help="Evaluate a pre-trained encoder.")
 data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at data sets.")
+recipe_app = typer.Typer(cls=Group, no_args_is_help=True, help="Write and check recipes of your own.")
 transfer_app = typer.Typer(cls=Group, no_args_is_help=True, help="Train an encoder for dense prediction, and score it.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(transfer_app, name="transfer")
 app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line; all else on standard error.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe, such as science.optim.lr=1e-3")]
@@ -499,6 +501,31 @@ def doctor(as_json: Json = False) -> None:
     from .commands.doctor import doctor as run
 
     answer(as_json, run(console(as_json)))
+
+
+@recipe_app.command("copy")
+def recipe_copy(
+    name: Annotated[str, typer.Argument(help="Of `sslbench list recipes`, of any kind; or a file.")],
+    file: Annotated[Path | None, typer.Argument(help="To write; NAME.yaml in this folder if left out.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE where it is there already.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe as a file to edit: it stands alone, with its comments and all that it extends merged in."""
+    from .commands.recipe import copy
+
+    answer(as_json, copy(name, file, force, console(as_json)))
+
+
+@recipe_app.command("check")
+def recipe_check(
+    file: Annotated[str, typer.Argument(help="A recipe's or a study's file, or a name.")], as_json: Json = False
+) -> None:
+    """Say all that is wrong with a recipe, exit status 2, or what it comes to. Nothing is trained."""
+    from .commands.recipe import check
+
+    with answer_of_failed(as_json):
+        checked = check(file, console(as_json))
+    answer(as_json, checked)
 
 
 @data_app.command("check")
