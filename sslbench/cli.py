@@ -474,14 +474,19 @@ def inspect(
 @app.command()
 def export(
     run: str,
-    format: Annotated[str, typer.Option("--format", help="timm or safetensors.")] = "timm",
+    format: Annotated[
+        str, typer.Option("--format", help="timm or safetensors, a file; hf, a folder that transformers loads.")
+    ] = "timm",
     out: Out = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAME/MODEL", help="With --format hf: upload to the Hugging Face hub.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """The encoder as a file that others load."""
+    """The encoder as a file or folder that others load."""
     from .commands.export import export as do
 
-    answer(as_json, do(run, format, out, console(as_json)))
+    answer(as_json, do(run, format, out, push, console(as_json)))
 
 
 @app.command("list")
