@@ -27,11 +27,12 @@ from .clock import Clock
 from .diagnose import CollapseMeters
 from .job import Job, on
 from .launch import agree, environment, meet
-from .meter import Metrics, Running, Stopwatch, note, progress_bar
+from .meter import Running, Stopwatch, note, progress_bar
 from .optim import learning_rate
 from .run import Run, check_same, hold, newest, read_run
 from .shard import sharding, shards, unsharded
 from .step import Learner
+from .track import check_tracker, metrics_of
 from .watch import Watch
 
 
@@ -77,6 +78,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True, by: Cal
     if whole and not _other_images(job, previous):
         return "already finished"
     job = on(job, agree(job.machine))
+    check_tracker(job.machine.track)
     batch = job.batch()
     data = job.data()
     kept = previous.get("status") == "finished" or any((folder / "checkpoints").glob("*"))
@@ -151,14 +153,18 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
 
     running, watch = Running(), Stopwatch()
     here = fabric.is_global_zero
-    metrics = Metrics(run.folder, start, machine.tensorboard) if here else None
+    metrics = metrics_of(run, start) if here else None
     meters = CollapseMeters(data, method, fabric.device, batch.total) if here or learner.sharded else None
     watched = machine.watch and job.kind == "pretrain" and here and not learner.sharded
     knn = Watch(data, batch.total) if watched else None
     milestones = [share for share in sorted(machine.keep_at) if share > clock.share(start)]
 
     end = start if state and state.get("over") else clock.steps
-    with contextlib.closing(loader(start, end)) as micro_batches, progress_bar(console, progress) as bar:
+    with (
+        metrics or contextlib.nullcontext(),
+        contextlib.closing(loader(start, end)) as micro_batches,
+        progress_bar(console, progress) as bar,
+    ):
         task = bar.add_task(run.label, total=1.0, note="")
         bar.update(task, completed=clock.share(start))
         for step in range(start, end):
@@ -209,8 +215,6 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 raise Interrupted(what, signals.requeue)
             if last:
                 break
-    if metrics:
-        metrics.close()
     run.finish(learner.module)
 
 

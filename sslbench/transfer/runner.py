@@ -32,6 +32,7 @@ from ..train.meter import Metrics, Running, Stopwatch, note, progress_bar
 from ..train.optim import layer_groups
 from ..train.run import Run, newest
 from ..train.state import save_checkpoint
+from ..train.track import metrics_of
 from ..vit import RelativeTable
 from .backbone import Decomposed
 from .protocol import IterationOptim
@@ -184,10 +185,12 @@ class Keeper(Hook):
 
     priority = "LOWEST"  # after the schedulers' step
 
-    def __init__(self, run: Run, batch: Batch, signals: Signals, bar: Any, save_every: int, state: Any) -> None:
+    def __init__(
+        self, run: Run, batch: Batch, signals: Signals, bar: Any, save_every: int, state: Any, metrics: Metrics | None
+    ) -> None:
         self.run, self.batch, self.signals, self.bar, self.save_every = run, batch, signals, bar, save_every
         self.state, self.running, self.watch = state, Running(), Stopwatch()
-        self.metrics: Metrics | None = None
+        self.metrics = metrics
 
     def before_train(self, runner: Runner) -> None:
         if self.state:
@@ -196,8 +199,6 @@ class Keeper(Hook):
             for scheduler, state in zip(runner.param_schedulers, self.state["schedulers"], strict=True):
                 scheduler.load_state_dict(state)
             runner.train_loop.flops_per_image = self.state.get("flops_per_image")
-        if self.run.fabric.is_global_zero:
-            self.metrics = Metrics(self.run.folder, runner.iter, self.run.job.machine.tensorboard)
         self.task = self.bar.add_task(self.run.label, total=runner.max_iters, completed=runner.iter, note="")
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -245,10 +246,6 @@ class Keeper(Hook):
             self.run.write("running")
         self.run.fabric.barrier()
 
-    def after_train(self, runner: Runner) -> None:
-        if self.metrics:
-            self.metrics.close()
-
 
 def _finite(model: nn.Module) -> bool:
     return bool(torch.stack([p.detach().sum().isfinite() for p in model.parameters()]).all())
@@ -278,7 +275,8 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
         **decoders(machine.workers, fabric.device),
     )
     save_every = machine.saves_every(per_epoch, total)
-    with progress_bar(console, progress) as bar:
+    tracked = metrics_of(run, start) if fabric.is_global_zero else contextlib.nullcontext()
+    with tracked as metrics, progress_bar(console, progress) as bar:
         runner = make_runner(
             run.folder,
             model,
@@ -294,7 +292,7 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Any, pro
                 "paramwise_cfg": {"depth": job.depth, "optim": o},
             },
             param_scheduler=schedule(o, total),
-            custom_hooks=[Keeper(run, batch, signals, bar, save_every, state)],
+            custom_hooks=[Keeper(run, batch, signals, bar, save_every, state, metrics)],
         )  # fmt: skip
         runner.train()
     if fabric.is_global_zero:
