@@ -112,7 +112,8 @@ def test_a_copy_says_what_it_is_is_the_same_run_and_replaces_no_file_unasked(ans
     assert "did you mean 'ocl_t5'" in answers("copy", "ocl_t55", status=2)
 
 
-SOME = [*((k, n) for k, n in ALL if k in ("eval", "transfer")), ("pretrain", "mae/vit_b16_imagenet"),
+SOME = [*(("eval", name) for name in ("knn", "knn_held_out", "geometry", "linprobe_ocl_l", "finetune_macrl_subsets")),
+        ("transfer", "coco_ocl"), ("transfer", "ade20k_smoke"), ("pretrain", "mae/vit_b16_imagenet"),
         ("pretrain", "ocl/vit_b16_imagenet_from_mae"), ("pretrain", "ccmim/ccmim_smoke"), ("studies", "asl_t7"),
         ("studies", "hybrids_cifar10")]  # fmt: skip
 
