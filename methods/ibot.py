@@ -3,8 +3,8 @@
 Blocks of patches of the large crops are replaced by a token before the student sees them; for each, its distribution
 over K prototypes is to be that of the momentum teacher, which sees the whole crop (Eq. 1-3, L_MIM), beside DINO's
 agreement of CLS across crops (L_[CLS]). One head names CLS and patches. The share that is hidden is drawn for each
-crop: 0, or around .3 (section 4.1). Paper and released code agree; one preset, `paper`, whose numbers are the code's for
-ViT-S/16.
+crop: 0, or around .3 (section 4.1). Paper and released code agree; one preset, `paper`, whose numbers are the code's
+for ViT-S/16.
 
 What differs from the released code, for a shared ViT and trainer: positions are fixed sin-cos and the initialisation is
 MAE's; no drop path; temperatures rise step by step and not epoch by epoch; the gradient is clipped by the norm of all

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from .errors import Interrupted, RunFailed, UserError, full, is_full, is_unusable, lost_loader
+from .errors import Failure, Interrupted, RunFailed, UserError, full, is_full, is_unusable, lost_loader
 from .paths import bundled, expand, recipe_files
 from .plugin import is_plugin
 from .train.launch import first_process, leave_to_first, refuse_several
@@ -111,10 +111,12 @@ class EvalGroup(Group):
 
 eval_app = typer.Typer(cls=EvalGroup, no_args_is_help=True, help="Evaluate a pre-trained encoder.")
 data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at data sets.")
+recipe_app = typer.Typer(cls=Group, no_args_is_help=True, help="Write and check recipes of your own.")
 transfer_app = typer.Typer(cls=Group, no_args_is_help=True, help="Train an encoder for dense prediction, and score it.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(transfer_app, name="transfer")
 app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line; all else on standard error.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe, such as science.optim.lr=1e-3")]
@@ -144,13 +146,12 @@ def answer(as_json: bool, value: Any) -> None:
 
 @contextlib.contextmanager
 def answer_of_failed(as_json: bool) -> Iterator[None]:
-    """Where some runs of a study failed: what the others gave, before the error."""
-    from .study.grid import StudyFailed
-
+    """What there is to say in JSON of a command that failed, such as the runs of a study that did not."""
     try:
         yield
-    except StudyFailed as e:
-        answer(as_json, e.answer)
+    except Failure as e:
+        if e.answer is not None:
+            answer(as_json, e.answer)
         raise
 
 
@@ -222,6 +223,10 @@ def pretrain(
     batch_size: BatchSize = None,
     sets: Sets = None,
     seed: PretrainSeed = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs, one after the other, with seeds from --seed on, each in its folder."),
+    ] = None,
     devices: Devices = None,
     nodes: Nodes = None,
     precision: Precision = None,
@@ -236,6 +241,7 @@ def pretrain(
 ) -> None:
     """Pre-train an encoder. The same command again resumes an unfinished run."""
     from .commands.pretrain import dry, start
+    from .commands.seeds import dry_seeds, start_seeds
     from .evaluate.start import settle
     from .recipe import compose
 
@@ -249,10 +255,13 @@ def pretrain(
         machine={"devices": devices, "nodes": nodes, "precision": precision, "compile": compile},
     )
     resolved = settle(resolved)
-    if dry_run:
-        answer(as_json, dry(resolved, console(as_json)))
-    else:
-        answer(as_json, start(resolved, out, console(as_json), slurm))
+    talk = console(as_json)
+    if seeds is None:
+        answer(as_json, dry(resolved, talk) if dry_run else start(resolved, out, talk, slurm))
+        return
+    with answer_of_failed(as_json):
+        answered = dry_seeds(resolved, seeds, out, talk) if dry_run else start_seeds(resolved, seeds, out, talk, slurm)
+    answer(as_json, answered)
 
 
 @app.command()
@@ -547,14 +556,19 @@ def inspect(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Run folder, weights file, timm:NAME, untrained:ARCH.")],
-    format: Annotated[str, typer.Option("--format", help="timm or safetensors.")] = "timm",
+    format: Annotated[
+        str, typer.Option("--format", help="timm or safetensors, a file; hf, a folder that transformers loads.")
+    ] = "timm",
     out: Out = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAME/MODEL", help="With --format hf: upload to the Hugging Face hub.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """The encoder as a file that others load."""
+    """The encoder as a file or folder that others load."""
     from .commands.export import export as do
 
-    answer(as_json, do(run, format, out, console(as_json)))
+    answer(as_json, do(run, format, out, push, console(as_json)))
 
 
 @app.command("list")
@@ -574,6 +588,31 @@ def doctor(as_json: Json = False) -> None:
     from .commands.doctor import doctor as run
 
     answer(as_json, run(console(as_json)))
+
+
+@recipe_app.command("copy")
+def recipe_copy(
+    name: Annotated[str, typer.Argument(help="Of `sslbench list recipes`, of any kind; or a file.")],
+    file: Annotated[Path | None, typer.Argument(help="To write; NAME.yaml in this folder if left out.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE where it is there already.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe as a file to edit: it stands alone, with its comments and all that it extends merged in."""
+    from .commands.recipe import copy
+
+    answer(as_json, copy(name, file, force, console(as_json)))
+
+
+@recipe_app.command("check")
+def recipe_check(
+    file: Annotated[str, typer.Argument(help="A recipe's or a study's file, or a name.")], as_json: Json = False
+) -> None:
+    """Say all that is wrong with a recipe, exit status 2, or what it comes to. Nothing is trained."""
+    from .commands.recipe import check
+
+    with answer_of_failed(as_json):
+        checked = check(file, console(as_json))
+    answer(as_json, checked)
 
 
 Spec = Annotated[str, typer.Argument(help="builtin, npz:PATH, folder:DIR, ...; `sslbench data list`.")]

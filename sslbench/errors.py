@@ -8,13 +8,22 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable
+from typing import Any
 
 
-class UserError(Exception):
+class Failure(Exception):
+    """A command ends badly. answer: what `--json` gives all the same, such as the runs that did not fail."""
+
+    def __init__(self, message: str, answer: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.answer = answer
+
+
+class UserError(Failure):
     """The input is wrong. The message says what, where, and what to do; exit status 2."""
 
 
-class RunFailed(Exception):
+class RunFailed(Failure):
     """The run failed although the input was fine; the run folder says why; exit status 1."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from .errors import UserError, nearest
 
@@ -19,18 +20,28 @@ class Strict(BaseModel):
 
 def validate(model: type[T], tree: dict[str, Any], name: str, prefix: str = "") -> T:
     """`tree` as `model`, or a UserError that names every wrong key and the nearest known one."""
+    if found := problems(model, tree, prefix):
+        raise UserError(f"recipe {name}: " + "; ".join(found))
+    return model.model_validate(tree)
+
+
+def problems(model: type[BaseModel], tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """A line for every wrong key of `tree`, with the nearest known one; [] where it is a `model`."""
     try:
-        return model.model_validate(tree)
+        model.model_validate(tree)
     except ValidationError as e:
-        lines = []
-        for error in e.errors():
-            path, known = _follow(model, error["loc"])
-            key = prefix + ".".join(path)
-            if error["type"] == "extra_forbidden":
-                lines.append(f"unknown key '{key}'{nearest(path[-1], known)}")
-            else:
-                lines.append(f"{key}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})")
-        raise UserError(f"recipe {name}: " + "; ".join(lines)) from None
+        return [_problem(model, error, prefix) for error in e.errors()]
+    return []
+
+
+def _problem(model: type[BaseModel], error: ErrorDetails, prefix: str) -> str:
+    path, known = _follow(model, error["loc"])
+    key = prefix + ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{nearest(path[-1], known)}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
 
 
 def _follow(model: type[BaseModel] | None, loc: tuple[Any, ...]) -> tuple[list[str], list[str]]:

@@ -234,7 +234,7 @@ BAD = {
     "untrained size": (["eval", "knn", "untrained:vit_mini4@big", "--data", "builtin"], "untrained:ARCH[@PIXELS]"),
     "list": (["list", "method"], "did you mean 'methods'"),
     "table": (["report", "ocl_t66"], "ocl_t6"),
-    "format": (["export", "x", "--format", "onnx"], "known: timm, safetensors"),
+    "format": (["export", "x", "--format", "onnx"], "known: timm, safetensors, hf"),
 }  # fmt: skip
 
 

@@ -27,6 +27,12 @@ QUICKER = {
         "--set",
         "science.data.image_size=16",
     ],
+    ("sslbench", "pretrain", "mae", "--data", "builtin", "--seeds", "3"): [
+        "--epochs",
+        "0.1",
+        "--set",
+        "science.data.image_size=16",
+    ],
     ("sslbench", "eval", "finetune"): ["--recipe", "finetune_smoke", "--set", "science.batch_size=500"],
     ("sslbench", "eval", "attentive"): ["--set", "science.epochs=1"],
     ("sslbench", "bench", "ocl", "mae", "--seconds", "2"): [

@@ -118,3 +118,13 @@ def test_a_study_is_an_array_of_jobs_whose_numbers_the_same_command_finds(cluste
     again = invoke("study", *rows, "--json")
     assert again.exit_code == 0 and "3 runs, 3 of them in the ledger" in again.stderr, again.output
     assert len(list((cluster / "runs").glob("*/run.json"))) == 2
+
+
+def test_each_of_several_seeds_is_a_job_of_its_own(cluster, invoke):
+    done = invoke(*RUN, "--seeds", "2", "--slurm", OPTIONS, "--json")
+    assert done.exit_code == 0, done.output
+    submitted = {"status": "submitted", "job": "77"}
+    assert json.loads(done.stdout) == {
+        "runs": [{"seed": 0, "run": str(cluster / "run"), **submitted},
+                 {"seed": 1, "run": str(cluster / "run_s1"), **submitted}]
+    }  # fmt: skip

@@ -87,12 +87,21 @@ class Pretraining(Queued):
 
 def start(recipe: Recipe, out: Path | None, console: Console, slurm: str | None = None) -> dict[str, str]:
     """Run it, in `--out` or in runs/<name>; with `slurm`, sbatch's options, as a job of a cluster."""
-    folder = out or home() / "runs" / run_name(recipe)
+    introduce(recipe, console)
+    return run(recipe, out or home() / "runs" / run_name(recipe), console, slurm)
+
+
+def introduce(recipe: Recipe, console: Console) -> None:
+    """Print what is to be trained, and what was chosen for it."""
     console.print(
         f"{recipe.method_name} {recipe.science.arch} on {data_name(recipe.science.data.spec)}, recipe {recipe.name}"
     )
     for line in recipe.notes:
         console.print(line, markup=False)
+
+
+def run(recipe: Recipe, folder: Path, console: Console, slurm: str | None) -> dict[str, str]:
+    """Train in that folder, or submit the job that does: {"run", "status"}."""
     if slurm is not None:
         return submit(recipe, folder, slurm, console, Pretraining)
     recipe = recipe.on(agree(recipe.machine))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pickle
 import re
@@ -34,7 +35,19 @@ LM_HEAD = "lm_head.weight"  # of pre-training by BEiT's code: BEiT, BEiT v2, dat
 
 
 def read_file(path: Path) -> Any:
-    """What a weights file holds: tensors and plain data, nested as whoever wrote it liked. Runs no code of the file."""
+    """What a weights file holds: tensors and plain data, nested as whoever wrote it liked. Runs no code of the file.
+
+    transformers keeps the number of heads in config.json beside the weights, so that this is read too, as `config`.
+    """
+    tree = _read(path)
+    if not any(name.endswith(MARKERS[1]) for name in names_in(tree)):
+        return tree
+    with contextlib.suppress(OSError, ValueError):
+        return {**tree, "config": json.loads((path.parent / "config.json").read_text())}
+    return tree
+
+
+def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))

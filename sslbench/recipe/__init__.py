@@ -2,8 +2,8 @@
 
 from ..views import Augment
 from .batch import Batch, length
-from .composition import compose, drop_none, resolve
-from .read import choose, dump, find_recipe, load_yaml, merge, parse_sets, read_tree
+from .composition import compose, drop_none, problem_of, problems, resolve
+from .read import choose, dump, find_any, find_recipe, load_yaml, merge, parse_sets, read_tree
 from .schema import Data, Epochs, Machine, Optim, Recipe, Science
 
 __all__ = [
@@ -19,11 +19,14 @@ __all__ = [
     "compose",
     "drop_none",
     "dump",
+    "find_any",
     "find_recipe",
     "length",
     "load_yaml",
     "merge",
     "parse_sets",
+    "problem_of",
+    "problems",
     "read_tree",
     "resolve",
 ]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from .. import strict
 from ..data import data_name, unpacked_name
 from ..errors import UserError, nearest
 from ..method import get_method, name_of
-from ..strict import validate
 from ..vit import get_arch
 from .read import choose, find_recipe, merge, parse_sets, read_tree
-from .schema import Recipe
+from .schema import Recipe, Science
 from .settings import is_known, look, settings_for, shorten_warmup
 
 
@@ -75,23 +76,57 @@ def drop_none(tree: dict[str, Any]) -> dict[str, Any]:
 
 def resolve(tree: dict[str, Any], name: str) -> Recipe:
     """A checked recipe with every default written out, the method's config included."""
-    recipe = validate(Recipe, {**tree, "name": name}, name)
-
+    if found := problems(tree):
+        raise UserError(f"recipe {name}: " + "; ".join(found))
+    recipe = Recipe.model_validate({**tree, "name": name})
     given = dict(recipe.science.method)
-    if "name" not in given:
-        raise UserError(f"recipe {name}: science.method.name is missing")
     method = get_method(str(given.pop("name")))
     preset = str(given.pop("preset", "paper"))
-    if preset not in method.presets:
-        raise UserError(f"recipe {name}: {recipe.method} has no preset '{preset}'{nearest(preset, method.presets)}")
-    config = validate(method.Config, {**method.presets[preset], **given}, name, "science.method.")
+    config = method.Config.model_validate({**method.presets[preset], **given})
     recipe.science.method = {"name": recipe.method, "preset": preset, **config.model_dump(mode="json")}
-
-    arch = get_arch(recipe.science.arch)
-    recipe.science.data.image_size = recipe.science.data.image_size or arch.image
-    if recipe.science.data.image_size % arch.patch:
-        raise UserError(
-            f"recipe {name}: science.data.image_size={recipe.science.data.image_size} is not a multiple of "
-            f"{recipe.science.arch}'s patch, {arch.patch}"
-        )
+    recipe.science.data.image_size = recipe.science.data.image_size or get_arch(recipe.science.arch).image
     return recipe
+
+
+def problems(tree: dict[str, Any]) -> list[str]:
+    """A line for everything that is wrong with a recipe; [] of one that resolves."""
+    found = strict.problems(Recipe, {**tree, "name": ""})
+    science = _mapping(tree, "science")
+    given = _mapping(science, "method")
+    if "name" in given:
+        found += problem_of(lambda: _check_method(given))
+    elif isinstance(science.get("method"), dict):
+        found.append("science.method.name is missing")
+    found += problem_of(lambda: get_arch(str(science.get("arch", Science.model_fields["arch"].default))))
+    if found:
+        return found
+    s = Recipe.model_validate({**tree, "name": ""}).science
+    patch = get_arch(s.arch).patch
+    if s.data.image_size and s.data.image_size % patch:
+        return [f"science.data.image_size={s.data.image_size} is not a multiple of {s.arch}'s patch, {patch}"]
+    return []
+
+
+def _mapping(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """What stands under a key, {} where that is no mapping."""
+    return tree[key] if isinstance(tree.get(key), dict) else {}
+
+
+def problem_of(check: Callable[[], Any]) -> list[str]:
+    """What a check says is wrong; [] where it passes."""
+    try:
+        check()
+    except UserError as e:
+        return [str(e)]
+    return []
+
+
+def _check_method(given: dict[str, Any]) -> None:
+    """UserError: there is no such method or preset, or its config is wrong. given: `science.method`."""
+    config = dict(given)
+    name, preset = str(config.pop("name")), str(config.pop("preset", "paper"))
+    method = get_method(name)
+    if preset not in method.presets:
+        raise UserError(f"{name_of(name)} has no preset '{preset}'{nearest(preset, method.presets)}")
+    if found := strict.problems(method.Config, {**method.presets[preset], **config}, "science.method."):
+        raise UserError("; ".join(found))

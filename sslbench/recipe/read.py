@@ -13,6 +13,10 @@ from ..errors import UserError, nearest
 from ..method import name_of
 from ..paths import recipe_files
 
+KINDS = ("pretrain", "eval", "transfer", "studies")
+# Keys that only a study's file has.
+STUDYS = {"rows", "question", "answer", "budgets", "seeds", "controls", "evaluations", "scales", "scratch", "tune"}
+
 
 def find_recipe(name: str, kind: str = "pretrain") -> Path:
     """A recipe file, by path or by the name (or the last part of the name) of one that ships with the suite."""
@@ -21,12 +25,45 @@ def find_recipe(name: str, kind: str = "pretrain") -> Path:
             return Path(name)
         raise UserError(f"no recipe file {name}")
     known = recipe_files(kind)
-    matches = [p for n, p in known.items() if name in (n, n.rsplit("/", 1)[-1], f"{kind}/{n}")]
+    matches = [p for n, p in known.items() if _is(name, n, kind)]
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise UserError(f"recipe '{name}' is ambiguous: {', '.join(n for n, p in known.items() if p in matches)}")
     raise UserError(f"unknown recipe '{name}'{nearest(name, known)}; `sslbench list recipes` shows all")
+
+
+def find_any(name: str) -> tuple[Path, str]:
+    """(file, kind) of a recipe of any kind: `pretrain`, `eval`, `transfer` or `studies`."""
+    if name.endswith((".yaml", ".yml")):
+        path = find_recipe(name)
+        return path, kind_of(path)
+    found = {f"{kind}/{n}": (p, kind) for kind in KINDS for n, p in recipe_files(kind).items() if _is(name, n, kind)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise UserError(f"recipe '{name}' is ambiguous: {', '.join(found)}")
+    known = [n for kind in KINDS for n in recipe_files(kind)]
+    raise UserError(f"unknown recipe '{name}'{nearest(name, known)}; `sslbench list recipes` shows all")
+
+
+def kind_of(path: Path, seen: tuple[Path, ...] = ()) -> str:
+    """What kind of recipe a file is, by its keys, else by what it extends."""
+    tree = load_yaml(path)
+    science = tree.get("science")
+    if STUDYS & tree.keys():
+        return "studies"
+    if isinstance(science, dict) and "protocol" in science:
+        return "transfer" if science["protocol"] in ("coco", "ade20k") else "eval"
+    base = str(tree.get("extends") or "")
+    if base.endswith((".yaml", ".yml")) and path not in seen:
+        return kind_of(find_recipe(base), (*seen, path))
+    return find_any(base)[1] if base and path not in seen else "pretrain"
+
+
+def _is(name: str, known: str, kind: str) -> bool:
+    """Whether that is what a recipe may be called: its name, the last part of it, or both behind its kind."""
+    return name in (known, known.rsplit("/", 1)[-1], f"{kind}/{known}")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class Machine(Strict):
     watch: bool = True  # k-NN on part of train while the run goes on, for at most 2 % of its time: train/watch.py
     keep_at: list[Annotated[float, Field(gt=0, lt=1)]] = []  # shares of the run at which its weights are kept too
     tensorboard: bool = True
+    track: Literal["wandb", "trackio", "mlflow"] | None = None  # gets what TensorBoard gets: train/track.py
 
     def saves_every(self, per_epoch: int, total: int) -> int:
         """Steps between the checkpoints of a run of `total` steps."""

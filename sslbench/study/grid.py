@@ -86,12 +86,12 @@ class Grid:
         self.keep()
 
     def check(self, console: Console, answer: dict[str, Any]) -> None:
-        """StudyFailed where runs failed, each named with its reason."""
+        """RunFailed where runs failed, each named with its reason."""
         everything = [*self.trials, *self.cells]
         if failed := [c for c in everything if c.status == "failed"]:
             for c in failed:
                 console.print(f"failed: {c.name()}: {c.reason}", markup=False)
-            raise StudyFailed(
+            raise RunFailed(
                 f"{len(failed)} of {len(everything)} runs failed; the same command tries them again", answer
             )
 
@@ -113,14 +113,6 @@ class Grid:
     def listed(self) -> list[dict[str, Any]]:
         """Every cell as plain data."""
         return [as_answer(c) for c in [*self.trials, *self.cells]]
-
-
-class StudyFailed(RunFailed):
-    """Some runs failed; the others are in `answer`."""
-
-    def __init__(self, message: str, answer: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.answer = answer
 
 
 def _record_name(study: Study, scale: str | None, rows: list[ResolvedRow]) -> str:

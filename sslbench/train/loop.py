@@ -24,10 +24,11 @@ from ..signals import Signals
 from .clock import Clock
 from .job import Job, on
 from .launch import agree, environment, meet
-from .meter import Metrics, Running, Stopwatch, note, progress_bar
+from .meter import Running, Stopwatch, note, progress_bar
 from .run import Run, check_same, hold, newest, read_run
 from .shard import sharding, shards, unsharded
 from .step import Learner
+from .track import check_tracker, metrics_of
 
 
 def resolve_precision(machine: Machine, device: str) -> str:
@@ -72,6 +73,7 @@ def fit(job: Job, folder: Path, console: Console, progress: bool = True) -> str:
     if whole and not _other_images(job, previous):
         return "already finished"
     job = on(job, agree(job.machine))
+    check_tracker(job.machine.track)
     batch = job.batch()
     data = job.data()
     kept = previous.get("status") == "finished" or any((folder / "checkpoints").glob("*"))
@@ -148,13 +150,17 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
 
     running, watch = Running(), Stopwatch()
     here = fabric.is_global_zero
-    metrics = Metrics(run.folder, start, machine.tensorboard) if here else None
+    metrics = metrics_of(run, start) if here else None
     meters = job.meters(data, method, batch, fabric.device) if here or learner.sharded else None
     knn = job.watch(data, method, batch) if here and not learner.sharded else None
     milestones = [share for share in sorted(machine.keep_at) if share > clock.share(start)]
 
     end = start if state and state.get("over") else clock.steps
-    with contextlib.closing(loader(start, end)) as micro_batches, progress_bar(console, progress) as bar:
+    with (
+        metrics or contextlib.nullcontext(),
+        contextlib.closing(loader(start, end)) as micro_batches,
+        progress_bar(console, progress) as bar,
+    ):
         task = bar.add_task(run.label, total=1.0, note="")
         bar.update(task, completed=clock.share(start))
         for step in range(start, end):
@@ -207,8 +213,6 @@ def train(run: Run, batch: Batch, data: Any, signals: Signals, console: Console,
                 raise Interrupted(what, signals.requeue)
             if last:
                 break
-    if metrics:
-        metrics.close()
     run.finish(learner.module)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ..errors import Interrupted
 from ..files import write_atomically
 
 
@@ -41,10 +42,22 @@ class Running:
         return means
 
 
-class Metrics:
-    """metrics.jsonl and TensorBoard. A resumed run drops what was logged after its checkpoint."""
+class Sink(Protocol):
+    """What gets the metrics beside metrics.jsonl and TensorBoard."""
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+    def log(self, step: int, values: dict[str, Any]) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
+class Metrics:
+    """metrics.jsonl, TensorBoard, and a tracker. A resumed run drops what was logged after its checkpoint.
+
+    Left by an exception, it tells the tracker that the run was interrupted, or failed.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool, tracker: Sink | None = None) -> None:
+        self.tracker = tracker
         self.path = folder / "metrics.jsonl"
         lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
         kept = [line for line in lines if _step(line) <= step]
@@ -61,11 +74,22 @@ class Metrics:
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(step, values)
 
-    def close(self) -> None:
+    def close(self, status: str = "finished") -> None:
         self.file.close()
         if self.board:
             self.board.close()
+        if self.tracker:
+            self.tracker.close(status)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
+        self.close("interrupted" if stopped else "failed" if kind else "finished")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
