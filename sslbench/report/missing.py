@@ -10,6 +10,7 @@ from ..data import known_size
 from ..device import SHARE, device_hours
 from ..files import digest
 from ..ledger import Record
+from ..method import get_method
 from ..recipe import Recipe, length
 from ..study.printed import epochs_contradicted, evaluation_of, paper_tables, read_paper
 from ..study.tables import Pretraining, pretraining_of
@@ -23,17 +24,21 @@ _counted: dict[str, float] = {}  # FLOPs of an image, by what they depend on
 
 
 def missing(names: list[str], records: list[Record], console: Console) -> list[dict[str, Any]]:
-    """Print and return [{"table", "pretrain" (a command), "eval" (commands), "flops", "device_hours", "note"}, ...].
+    """Print and return [{"table", "kind" (hybrid or control), "pretrain" (a command), "eval" (commands), "flops",
+    "device_hours", "note"}, ...].
 
     One entry a pre-training and table, for the methods of this suite; nothing where all its numbers are measured. The
     cost is of the pre-training alone, its FLOPs at `plan`'s share of an A100's peak: not measured.
     """
     out, records = [], newest(records)
     for name in names or [n for n in paper_tables() if not n.endswith("_text")]:
-        found = _of_table(name, records)
+        kind, found = "", sorted(_of_table(name, records), key=lambda entry: entry["kind"] != "hybrid")
         if found:
             console.print(f"[bold]{name}[/]: all of it by sslbench study {name} --scale paper")
         for entry in found:
+            if entry["kind"] != kind:
+                kind = entry["kind"]
+                console.print(f"  {kind}s")
             cost = "" if entry["flops"] is None else f"    # about {entry['device_hours']:,.0f} {YARDSTICK} hours"
             console.print(f"  {entry['pretrain']}{cost}", markup=False)
             if entry["note"]:
@@ -69,6 +74,7 @@ def _of_table(name: str, records: list[Record]) -> list[dict[str, Any]]:
 def _entry(table: str, run: Pretraining) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "table": table,
+        "kind": "hybrid" if get_method(run.recipe.method).hybrid else "control",
         "pretrain": run.command,
         "eval": [],
         "flops": None,

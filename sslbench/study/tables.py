@@ -14,7 +14,7 @@ from ..recipe import Recipe, compose, drop_none
 from ..vit import ARCHS
 from .cells import rows_of
 from .printed import Evaluation as PrintedEvaluation
-from .printed import epochs_contradicted, evaluation_of, paper_tables, plugin_of, read_paper
+from .printed import epochs_of, evaluation_of, paper_tables, plugin_of, read_paper
 from .spec import Evaluation, Level, Study, StudyRow, check, read_study, studies
 
 # Keys of a row's condition that say what its recipe or its evaluation has anyway. Another, such as `kappa=4` in a text,
@@ -96,8 +96,8 @@ def pretraining_of(line: Any) -> Pretraining | None:
         return Pretraining(f"sslbench ablate {table} --scale paper", recipe, True) if recipe else None
     if _keys(line["condition"]) - DESCRIBES:
         return None
-    epochs = "" if epochs_contradicted(line) else line["epochs"]
-    return _composed(table, plugin_of(line), line["arch"], line["pretrain_data"].replace("_", "-"), epochs)
+    data = line["pretrain_data"].replace("_", "-")
+    return _composed(table, plugin_of(line), line["arch"], data, epochs_of(line))
 
 
 @functools.cache
