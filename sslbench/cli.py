@@ -322,7 +322,7 @@ def _eval_command(kind: str, help: str) -> None:
         epochs: ToldEpochs = None,
         as_json: Json = False,
     ) -> None:
-        from .evaluate.run import eval_recipe, evaluate_named
+        from .evaluate.evaluation import eval_recipe, evaluate_named
         from .evaluate.told import tell
 
         told, protocol = tell(as_, pretrained_on, epochs), eval_recipe(kind, recipe, sets or [])
@@ -351,7 +351,7 @@ def geometry(
 ) -> None:
     """Rank, spread, uniformity and alignment of a frozen encoder's features, without labels."""
     from .evaluate.describe import describe
-    from .evaluate.run import eval_recipe
+    from .evaluate.evaluation import eval_recipe
 
     answer(as_json, describe(eval_recipe("geometry", recipe, sets or []), run, other, data, seed, console(as_json)))
 
@@ -371,7 +371,7 @@ def _segment_command(kind: str, help: str) -> None:
         epochs: ToldEpochs = None,
         as_json: Json = False,
     ) -> None:
-        from .evaluate.run import eval_recipe
+        from .evaluate.evaluation import eval_recipe
         from .evaluate.segment import segment
         from .evaluate.told import tell
 
@@ -397,7 +397,7 @@ def _transfer_command(kind: str, help: str) -> None:
     ) -> None:
         from .evaluate.told import tell
         from .transfer.protocol import transfer_recipe
-        from .transfer.run import transfer
+        from .transfer.transfer import transfer
 
         told, protocol = tell(as_, pretrained_on, epochs), transfer_recipe(kind, recipe, sets or [])
         answer(as_json, transfer(protocol, run, data, console(as_json), told=told))

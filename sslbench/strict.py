@@ -20,8 +20,8 @@ class Strict(BaseModel):
 
 def validate(model: type[T], tree: dict[str, Any], name: str, prefix: str = "") -> T:
     """`tree` as `model`, or a UserError that names every wrong key and the nearest known one."""
-    if found := problems(model, tree, prefix):
-        raise UserError(f"recipe {name}: " + "; ".join(found))
+    if wrong := problems(model, tree, prefix):
+        raise UserError(f"recipe {name}: " + "; ".join(wrong))
     return model.model_validate(tree)
 
 

@@ -13,12 +13,12 @@ from sslbench import ledger, right
 from sslbench.data import open_split, subset
 from sslbench.errors import UserError
 from sslbench.evaluate.attentive import Attentive, AttentiveJob, AttentiveProbe, Head, gather
+from sslbench.evaluate.evaluation import eval_recipe, evaluate
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.finetune import FinetuneJob
 from sslbench.evaluate.labels import list_facts, list_of
 from sslbench.evaluate.linprobe import linear_right
 from sslbench.evaluate.probe import ProbeJob
-from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.recipe import Augment
 from sslbench.vit import Arch, VisionTransformer, split_heads
 

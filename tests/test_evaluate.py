@@ -9,9 +9,9 @@ from sklearn.preprocessing import normalize
 
 from sslbench.data import open_split
 from sslbench.data.images import MemoryImages
+from sslbench.evaluate.evaluation import eval_recipe, evaluate
 from sslbench.evaluate.features import extract, open_subject, view_of
 from sslbench.evaluate.linprobe import linear_right
-from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.knn import knn_top1
 from sslbench.views import VIEW
 

@@ -21,6 +21,7 @@ from sslbench.data import open_split
 from sslbench.data.loader import host_seed
 from sslbench.draws import seed_of
 from sslbench.errors import UserError
+from sslbench.evaluate.evaluation import eval_recipe, evaluate
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.finetune import (
     Classifier,
@@ -33,7 +34,6 @@ from sslbench.evaluate.finetune import (
     predict,
     resized,
 )
-from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.paths import recipe_files
 from sslbench.recipe import Augment, read_tree
 from sslbench.train.diagnose import CollapseMeters

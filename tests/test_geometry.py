@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sslbench import ledger
 from sslbench.data import open_split, subset
-from sslbench.evaluate.run import eval_recipe, protocol_of
+from sslbench.evaluate.evaluation import eval_recipe, protocol_of
 from sslbench.geometry import alignment, cka, effective_rank, spread, uniformity
 from sslbench.report.page import write_page
 from sslbench.train.diagnose import collapse

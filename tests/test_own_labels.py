@@ -15,7 +15,7 @@ from sslbench.data.label_maps import ADE20K_CLASSES, read_pair
 from sslbench.data.labelled import accept
 from sslbench.data.names import data_name
 from sslbench.errors import UserError
-from sslbench.transfer.run import require
+from sslbench.transfer.transfer import require
 
 for module in ("mmengine", "mmcv", "mmdet", "mmseg", "pycocotools"):
     pytest.importorskip(module, reason="needs the extra `transfer`", exc_type=ImportError)
@@ -81,7 +81,7 @@ def test_classes_have_trains_numbers_by_name_in_both_splits_and_the_truth_scores
 
     from sslbench.transfer import coco as task
     from sslbench.transfer.protocol import transfer_recipe
-    from sslbench.transfer.run import quiet
+    from sslbench.transfer.transfer import quiet
 
     with quiet(), DefaultScope.overwrite_default_scope("mmdet"):
         splits = task.open_data(coco, transfer_recipe("coco", "coco_smoke").science)
@@ -108,7 +108,7 @@ def test_both_libraries_and_the_suite_read_one_label_map_alike(maps):
 
     from sslbench.transfer import ade20k as task
     from sslbench.transfer.protocol import transfer_recipe
-    from sslbench.transfer.run import quiet
+    from sslbench.transfer.transfer import quiet
 
     with quiet(), DefaultScope.overwrite_default_scope("mmseg"):
         _, val = task.open_data(maps, transfer_recipe("ade20k", "ade20k_smoke").science)

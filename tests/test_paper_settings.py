@@ -5,7 +5,7 @@ import sys
 import pytest
 from tiny import METHODS
 
-from sslbench.evaluate.run import eval_recipe
+from sslbench.evaluate.evaluation import eval_recipe
 from sslbench.paths import recipe_files
 from sslbench.recipe import compose, read_tree, resolve
 from sslbench.study.printed import paper_tables, protocol_of, read_paper

@@ -9,7 +9,7 @@ from rich.console import Console
 from test_report import ALL_TABLES, METHODS, fields, pretrain, records
 
 from sslbench.data import known_size
-from sslbench.evaluate.run import eval_recipe
+from sslbench.evaluate.evaluation import eval_recipe
 from sslbench.files import digest
 from sslbench.ledger import scale_of
 from sslbench.paths import recipe_files

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from sslbench.data import open_split, subset
 from sslbench.errors import UserError
+from sslbench.evaluate.evaluation import eval_recipe, evaluate
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.probe import AugmentedProbe, Probe, ProbeJob
-from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.recipe import Augment
 from sslbench.train.guard import FiniteGuard
 from sslbench.train.optim import Lars

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from sslbench.errors import UserError
+from sslbench.evaluate.evaluation import eval_recipe, evaluate
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.public import to_encoder
-from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.vit import ARCHS, VisionTransformer, get_arch, initialise
 
 NAME, ARCH = "vit_tiny_patch16_224", "vit_ti16"

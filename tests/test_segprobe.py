@@ -18,6 +18,7 @@ from sslbench.data.dense import open_dense
 from sslbench.data.loader import held_out
 from sslbench.errors import UserError
 from sslbench.evaluate import patches
+from sslbench.evaluate.evaluation import eval_recipe
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.finetune import resized
 from sslbench.evaluate.linprobe import train_heads
@@ -31,7 +32,6 @@ from sslbench.evaluate.patches import (
     patch_labels,
     pixel_accuracy,
 )
-from sslbench.evaluate.run import eval_recipe
 from sslbench.evaluate.segprobe import Linear, learn, remember, standardise, vote
 from sslbench.stats import image_interval
 from sslbench.vit import Parts, resample_positions

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import METHODS, images
 
 from sslbench.data import open_split
-from sslbench.evaluate.run import eval_recipe
+from sslbench.evaluate.evaluation import eval_recipe
 from sslbench.paths import recipe_files
 from sslbench.recipe import Batch, compose, length, merge, read_tree, resolve
 from sslbench.recipe.settings import WARMUP_SHARE, settings_for

@@ -96,7 +96,7 @@ def test_a_study_whose_file_changed_after_its_first_run_says_so(invoke, study, f
 
 
 def test_tuning_gives_each_row_the_same_trials_and_does_not_read_val(invoke, study, few_images, tmp_path, monkeypatch):
-    from sslbench.evaluate import run as evaluation
+    from sslbench.evaluate import evaluation
 
     features_of, extract = [], evaluation.extract
     monkeypatch.setattr(

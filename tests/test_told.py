@@ -14,9 +14,9 @@ from test_report import fields, pretrain, records
 from sslbench import ledger
 from sslbench.errors import UserError
 from sslbench.evaluate.attentive import Attentive, AttentiveProbe
+from sslbench.evaluate.evaluation import eval_recipe, evaluate
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.finetune import Classifier, Finetune, load_classifier, resized
-from sslbench.evaluate.run import eval_recipe, evaluate
 from sslbench.evaluate.told import TIMM, Told, both, of_timm, tell
 from sslbench.files import write_weights
 from sslbench.recipe import Augment

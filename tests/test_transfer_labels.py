@@ -133,7 +133,7 @@ def test_photographs_without_labels_are_enough_to_pre_train(coco, invoke):
 def test_what_mmdet_and_pycocotools_would_misread_is_mended_and_said(coco):
     pytest.importorskip("mmdet", reason="needs the extra `transfer`", exc_type=ImportError)
     from sslbench.transfer.job import quiet
-    from sslbench.transfer.run import require
+    from sslbench.transfer.transfer import require
 
     require()
     from mmdet.datasets import CocoDataset
@@ -180,7 +180,7 @@ def test_what_mmdet_and_pycocotools_would_misread_is_mended_and_said(coco):
 )
 def test_a_photograph_is_the_way_up_that_its_labels_are_for(tag, labels_for, expected, coco):
     pytest.importorskip("mmdet", reason="needs the extra `transfer`", exc_type=ImportError)
-    from sslbench.transfer.run import require
+    from sslbench.transfer.transfer import require
 
     require()
     from sslbench.transfer.loading import LoadImage

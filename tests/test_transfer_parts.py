@@ -15,7 +15,7 @@ from sslbench.files import digest
 from sslbench.paths import recipe_files
 from sslbench.train.build import CPU_ATTENTION
 from sslbench.transfer.protocol import Encoder, TransferMachine, transfer_recipe
-from sslbench.transfer.run import require
+from sslbench.transfer.transfer import require
 from sslbench.vit import Arch, VisionTransformer, initialise, resample_positions
 
 for module in ("mmengine", "mmcv", "mmdet", "mmseg"):

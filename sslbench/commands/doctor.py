@@ -16,7 +16,7 @@ from .. import provenance
 from ..device import bf16_is_fast, default_device
 from ..errors import UserError
 from ..paths import data_root, home
-from ..transfer.run import EXTRA, require
+from ..transfer.transfer import EXTRA, require
 
 
 def doctor(console: Console) -> dict[str, Any]:

@@ -68,12 +68,12 @@ def inspect(
     folder = out or folder_of(subject)
     png = draw(columns)
     page = write_page(subject, method, data, similar, columns, png)
-    found = {
+    facts = {
         "token_similarity": similar.mean().item(),
         "token_similarity_std": similar.std(correction=0).item(),
         "n": len(similar),
     }
-    contents = {"inspect.png": png, "inspect.html": page.encode(), "inspect.json": json.dumps(found).encode()}
+    contents = {"inspect.png": png, "inspect.html": page.encode(), "inspect.json": json.dumps(facts).encode()}
     for name, content in contents.items():
         write_atomically(folder / name, content)
     console.print(f"token similarity {similar.mean():.3f} +- {similar.std(correction=0):.3f}, n={len(similar)}")
@@ -82,7 +82,7 @@ def inspect(
         "run": str(subject.path.parent if subject.run and subject.path else run),
         "page": str(folder / "inspect.html"),
         "picture": str(folder / "inspect.png"),
-        **found,
+        **facts,
         "data": data.name,
         "split": data.split,
         "method": subject.method,
@@ -105,12 +105,12 @@ def trained_method(subject: Subject, console: Console) -> Method | None:
     recipe = resolve(load_yaml(folder / "recipe.yaml"), folder.name)
     torch.manual_seed(seed_of("weights", recipe.science.seed))  # a run of no steps ends with what it began with
     method = build(recipe)
-    if found := newest_checkpoint(folder / "checkpoints"):
+    if checkpoint := newest_checkpoint(folder / "checkpoints"):
         try:
-            method.load_state_dict(found[1]["method"])
+            method.load_state_dict(checkpoint[1]["method"])
         except RuntimeError as e:
             raise UserError(
-                f"the checkpoint of step {found[0]} in {folder} does not fit this version of {recipe.method}: "
+                f"the checkpoint of step {checkpoint[0]} in {folder} does not fit this version of {recipe.method}: "
                 f"{' '.join(str(e).split())[:200]}"
             ) from None
     elif read_run(folder).get("step"):
@@ -162,8 +162,8 @@ def look(
             f"how much each patch speaks for what sets the image's feature ({feature}) apart from the mean feature: "
             "attention of all blocks, weighted by gradient and relevance (Chefer, Gur, Wolf 2021)"
         )
-        found = torch.cat([relevance(encoder, part, subject.pool, mean) for part in x.split(CHUNK)])
-        maps.append(("relevance", about, found))
+        relevances = torch.cat([relevance(encoder, part, subject.pool, mean) for part in x.split(CHUNK)])
+        maps.append(("relevance", about, relevances))
     about = "cosine of each patch's token in the last layer and that of the centre patch, which is itself 1"
     maps.append(("similarity to the centre", about, (patches @ patches[:, centre, :, None])[..., 0]))
     columns += [Column(title, about, coloured(v.unflatten(1, encoder.grid)[:, None])) for title, about, v in maps]

@@ -13,7 +13,7 @@ from .. import strict
 from ..data import data_name, known_size, open_split
 from ..data.sources import KINDS
 from ..errors import UserError, nearest
-from ..evaluate.run import EvalRecipe, eval_recipe
+from ..evaluate.evaluation import EvalRecipe, eval_recipe
 from ..evaluate.start import settle
 from ..files import write_atomically
 from ..recipe import Batch, compose, find_any, length, load_yaml, problem_of, problems, read_tree
@@ -60,12 +60,12 @@ def command_of(kind: str, tree: dict[str, Any], file: Path) -> str:
 def check(name: str, console: Console) -> dict[str, Any]:
     """Print what a recipe comes to; nothing is trained. UserError with every problem that it has, a line each."""
     path, kind = find_any(name)
-    found, facts = CHECKS[kind](path)
-    found = [f"the key '{key}' stands twice" for key in repeated_keys(path)] + found
-    answer = {"file": str(path), "kind": kind, "ok": not found, "problems": found, **({} if found else facts)}
-    if found:
-        count = f"{len(found)} problems" if len(found) > 1 else "1 problem"
-        raise UserError("\n  ".join([f"{path}: {count}", *found]), answer)
+    problems, facts = CHECKS[kind](path)
+    problems = [f"the key '{key}' stands twice" for key in repeated_keys(path)] + problems
+    answer = {"file": str(path), "kind": kind, "ok": not problems, "problems": problems, **({} if problems else facts)}
+    if problems:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        raise UserError("\n  ".join([f"{path}: {count}", *problems]), answer)
     console.print(f"{path}: {'study' if kind == 'studies' else f'{kind} recipe'}, no problem found", markup=False)
     for key, value in facts.items():
         console.print(f"{key:<12}{value}", markup=False)
@@ -77,8 +77,8 @@ Checked = tuple[list[str], dict[str, Any]]  # (problems, what it comes to)
 
 def _pretrain(path: Path) -> Checked:
     tree = read_tree(path)
-    if found := [*problems(tree), *_data_kind(tree)]:
-        return found, {}
+    if wrong := [*problems(tree), *_data_kind(tree)]:
+        return wrong, {}
     try:
         recipe = compose(tree["science"]["method"]["name"], recipe=str(path))
         init = recipe.science.init
@@ -88,11 +88,11 @@ def _pretrain(path: Path) -> Checked:
         return [str(e)], {}
     s = recipe.science
     with torch.device("meta"):
-        found = [*problem_of(lambda: Batch.of(recipe)), *problem_of(lambda: build(recipe))]
+        wrong = [*problem_of(lambda: Batch.of(recipe)), *problem_of(lambda: build(recipe))]
     here = problem_of(lambda: known_size(s.data.spec) or open_split(s.data.spec, "train"))
-    found += [] if here else problem_of(lambda: length(recipe))
-    if found:
-        return found, {}
+    wrong += [] if here else problem_of(lambda: length(recipe))
+    if wrong:
+        return wrong, {}
     steps = f"its steps are not known: {here[0]}" if here else f"{length(recipe)[2]:,} steps"
     return [], {
         "method": f"{recipe.method_name}, preset {recipe.preset}",
@@ -115,31 +115,31 @@ def _data_kind(tree: dict[str, Any]) -> list[str]:
 
 
 def _eval(path: Path) -> Checked:
-    found = strict.problems(EvalRecipe, {**read_tree(path, "eval"), "name": path.stem})
-    if found:
-        return found, {}
+    wrong = strict.problems(EvalRecipe, {**read_tree(path, "eval"), "name": path.stem})
+    if wrong:
+        return wrong, {}
     protocol = str(read_tree(path, "eval")["science"]["protocol"])
     recipe = eval_recipe(protocol.removesuffix("_augmented"), str(path))
     size: int | None = getattr(recipe.science, "batch_size", None)
     divides = size is not None and protocol != "linprobe"  # whose batches are of features, on one device
-    found = problem_of(lambda: Batch.divide(size or 0, recipe.machine)) if divides else []
-    return found, {
+    wrong = problem_of(lambda: Batch.divide(size or 0, recipe.machine)) if divides else []
+    return wrong, {
         "protocol": protocol,
-        **({"batch": str(Batch.divide(size or 0, recipe.machine))} if divides and not found else {}),
+        **({"batch": str(Batch.divide(size or 0, recipe.machine))} if divides and not wrong else {}),
         "hash": "of these values with an encoder's feature and image size; a number's record has it",
     }
 
 
 def _transfer(path: Path) -> Checked:
     tree = {**read_tree(path, "transfer"), "name": path.stem}
-    if found := strict.problems(TransferRecipe, tree):
-        return found, {}
+    if wrong := strict.problems(TransferRecipe, tree):
+        return wrong, {}
     recipe = TransferRecipe.model_validate(tree)
     s = recipe.science
-    found = problem_of(lambda: Batch.divide(s.batch_size, recipe.machine))
-    return found, {
+    wrong = problem_of(lambda: Batch.divide(s.batch_size, recipe.machine))
+    return wrong, {
         "protocol": s.protocol,
-        **({} if found else {"batch": str(Batch.divide(s.batch_size, recipe.machine))}),
+        **({} if wrong else {"batch": str(Batch.divide(s.batch_size, recipe.machine))}),
         "length": f"{s.iterations:,} iterations" if s.iterations else f"{s.epochs:g} epochs",
         "hash": recipe.protocol_hash(),
     }
@@ -147,10 +147,10 @@ def _transfer(path: Path) -> Checked:
 
 def _study(path: Path) -> Checked:
     tree = {**read_tree(path, "studies"), "name": path.stem}
-    if found := strict.problems(Study, tree):
-        return found, {}
+    if wrong := strict.problems(Study, tree):
+        return wrong, {}
     study = Study.model_validate(tree)
-    found = [*problem_of(lambda: check_study(study)), *_evaluations(study)]
+    wrong = [*problem_of(lambda: check_study(study)), *_evaluations(study)]
     hashes: dict[str, str] = {}
     for scale in study.scales or [None]:
         for row in study.rows:
@@ -161,9 +161,9 @@ def _study(path: Path) -> Checked:
                 recipe = rows_of(one, scale, None, [])[0].recipe
                 hashes[at] = f"{recipe.method_name} {recipe.science.arch}, {recipe.hash()}"
 
-            found += [f"{at}: {problem}" for problem in problem_of(resolve)]
-    found = [p for p in found if not any(p != other and p in other for other in found)]  # as the row says it
-    return found, {
+            wrong += [f"{at}: {problem}" for problem in problem_of(resolve)]
+    wrong = [p for p in wrong if not any(p != other and p in other for other in wrong)]  # as the row says it
+    return wrong, {
         "budgets": ", ".join(study.budgets) or "none: each row's recipe as it is",
         "seeds": study.seeds,
         **hashes,

@@ -68,11 +68,11 @@ def dry_seeds(recipe: Recipe, seeds: int, out: Path | None, console: Console) ->
 
 def _runs(recipe: Recipe, seeds: int, out: Path | None) -> list[tuple[Recipe, Path]]:
     """Each seed's recipe and folder. `--out DIR` is the folder of seed 0, as without --seeds; seed 1's is DIR_s1."""
-    first = recipe.science.seed
-    if first + seeds > MOST:
-        raise UserError(f"--seeds {seeds} from --seed {first} on: seeds are below {MOST}")
+    first_seed = recipe.science.seed
+    if first_seed + seeds > MOST:
+        raise UserError(f"--seeds {seeds} from --seed {first_seed} on: seeds are below {MOST}")
     runs = []
-    for seed in range(first, first + seeds):
+    for seed in range(first_seed, first_seed + seeds):
         one = recipe.model_copy(deep=True)
         one.science.seed = seed
         folder = home() / "runs" / run_name(one)

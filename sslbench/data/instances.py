@@ -106,50 +106,50 @@ def _repeated(values: Iterable[Any]) -> list[Any]:
 
 def _faults(tree: dict[str, Any], split: str) -> Findings:
     """What no reading of an instance file can make right."""
-    found, sizes = Findings(), {}
+    faults, sizes = Findings(), {}
     for at, i in enumerate(tree["images"]):
         where = f"image {i.get('id', f'number {at}')}"
         if not isinstance(i.get("id"), int | str) or not isinstance(i.get("file_name"), str):
-            found.add("images without an 'id' or a 'file_name'", where)
+            faults.add("images without an 'id' or a 'file_name'", where)
         elif not all(isinstance(i.get(side), int) and i[side] > 0 for side in ("width", "height")):
-            found.add("images whose 'width' and 'height' are not whole numbers of pixels", where)
+            faults.add("images whose 'width' and 'height' are not whole numbers of pixels", where)
         else:
             sizes[i["id"]] = [i["height"], i["width"]]
-    if found:
-        return found
+    if faults:
+        return faults
     for key, what in (("id", "an image id that several images have"), ("file_name", "a file that several images name")):
         for value in _repeated(i[key] for i in tree["images"]):
-            found.add(what, value)
+            faults.add(what, value)
     for value in _repeated(a.get("id") for a in tree["annotations"]):
-        found.add("an annotation id that several annotations have", value)
+        faults.add("an annotation id that several annotations have", value)
     for value in _repeated(c.get("id") for c in tree["categories"]):
-        found.add("a category id that several categories have", value)
+        faults.add("a category id that several categories have", value)
     for c in tree["categories"]:
         if not isinstance(c.get("id"), int):
-            found.add("categories whose 'id' is not a whole number", c)
+            faults.add("categories whose 'id' is not a whole number", c)
         if not isinstance(c.get("name"), str) or not c["name"].strip():
-            found.add("categories whose 'name' is no text", c)
+            faults.add("categories whose 'name' is no text", c)
     for name in _repeated(c["name"] for c in tree["categories"] if isinstance(c.get("name"), str)):
-        found.add("a name that several categories have", name)
+        faults.add("a name that several categories have", name)
     categories = {c.get("id") for c in tree["categories"]}
     for a in tree["annotations"]:
         where = f"annotation {a.get('id')} of image {a.get('image_id')}"
         if not isinstance(a.get("id"), int):
-            found.add("annotations whose 'id' is not a whole number", where)
+            faults.add("annotations whose 'id' is not a whole number", where)
         if a.get("image_id") not in sizes:
-            found.add("annotations of an image that the file does not list", where)
+            faults.add("annotations of an image that the file does not list", where)
             continue
         if a.get("category_id") not in categories:
-            found.add("annotations of a category that the file does not list", f"{where}: {a.get('category_id')}")
+            faults.add("annotations of a category that the file does not list", f"{where}: {a.get('category_id')}")
         if not _is_box(a.get("bbox")):
-            found.add("annotations whose 'bbox' is not [x, y, width, height] in pixels", where)
+            faults.add("annotations whose 'bbox' is not [x, y, width, height] in pixels", where)
         if a.get("iscrowd") not in (None, 0, 1):
-            found.add("annotations whose 'iscrowd' is neither 0 nor 1", where)
+            faults.add("annotations whose 'iscrowd' is neither 0 nor 1", where)
         if problem := _mask_problem(a.get("segmentation"), sizes[a["image_id"]]):
-            found.add(problem, where)
+            faults.add(problem, where)
     if not any(not a.get("iscrowd") for a in tree["annotations"]):
-        found.add(f"no object to {'learn from' if split == 'train' else 'score'}", f"{len(sizes)} images")
-    return found
+        faults.add(f"no object to {'learn from' if split == 'train' else 'score'}", f"{len(sizes)} images")
+    return faults
 
 
 def _numbers(values: Any) -> bool:
@@ -204,8 +204,8 @@ def mend(tree: dict[str, Any], classes: Sequence[str]) -> list[str]:
     said, changed = [], Counter[str]()
     listed = {c["name"]: c for c in tree["categories"]}
     if lacking := [name for name in classes if name not in listed]:
-        first = max((c["id"] for c in tree["categories"]), default=0) + 1
-        listed |= {name: {"id": id, "name": name} for id, name in enumerate(lacking, first)}
+        next_id = max((c["id"] for c in tree["categories"]), default=0) + 1
+        listed |= {name: {"id": id, "name": name} for id, name in enumerate(lacking, next_id)}
         said.append(f"it does not list {some(lacking)}, as train does: taken as without objects of these")
     categories = [listed[name] for name in classes]
     if not lacking and categories != tree["categories"] and [*classes] == [*COCO_CLASSES]:

@@ -48,16 +48,16 @@ def open_ade20k(root: Path, split: str) -> Labelled:
     if not photographs:
         raise UserError(f"data {root}: expected {images}/*.jpg, found none")
     maps, wrong = _files(labels, ".png"), Findings()
-    found = Labelled(labels, images, [*photographs.values()], classes=classes, own=own)
+    labelled = Labelled(labels, images, [*photographs.values()], classes=classes, own=own)
     if missing := sorted(photographs.keys() - maps.keys()):
         wrong.add(f"{len(missing)} of {len(photographs)} images have no label map", f"{missing[0]}.png")
     if missing := sorted(maps.keys() - photographs.keys()):
         wrong.add(f"{len(missing)} of {len(maps)} label maps have no photograph in {images}", f"{missing[0]}.jpg")
     if not wrong:
-        found.files += [maps[name] for name in photographs]
-        wrong = _compare_maps(found, least=2 if split == "train" else 1)
-    found.faults = wrong.sentences(labels)
-    return found
+        labelled.files += [maps[name] for name in photographs]
+        wrong = _compare_maps(labelled, least=2 if split == "train" else 1)
+    labelled.faults = wrong.sentences(labels)
+    return labelled
 
 
 def _folders(root: Path, split: str, own: bool) -> tuple[Path, Path]:
@@ -91,13 +91,13 @@ def read_classes(file: Path) -> list[str]:
 
 def _photographs(folder: Path) -> dict[str, Path]:
     """As `_files`, of images of any format. UserError: two have the same name before the dot, and so the same map."""
-    found: dict[str, Path] = {}
+    by_stem: dict[str, Path] = {}
     for path in sorted(p for p in folder.rglob("*") if is_image(p.name) and not _hidden(p, folder)):
         stem = path.relative_to(folder).with_suffix("").as_posix()
-        if stem in found:
-            raise UserError(f"{found[stem]} and {path.name} would both have the label map {stem}.png; rename one")
-        found[stem] = path
-    return found
+        if stem in by_stem:
+            raise UserError(f"{by_stem[stem]} and {path.name} would both have the label map {stem}.png; rename one")
+        by_stem[stem] = path
+    return by_stem
 
 
 def _files(folder: Path, end: str) -> dict[str, Path]:
@@ -143,7 +143,7 @@ def _ade20k_values(split: Labelled, of_maps: list[Facts | str], wrong: Findings)
 
 def _own_values(split: Labelled, of_maps: list[Facts | str], wrong: Findings, least: int) -> None:
     """Add what of the maps' values is no line of the list; say which classes have no pixel. least: how many must."""
-    known, found = {*range(len(split.classes)), IGNORED}, set[int]()
+    known, used = {*range(len(split.classes)), IGNORED}, set[int]()
     for (_, path), fact in zip(split.pairs, of_maps, strict=True):
         values = set() if isinstance(fact, str) else set(fact[2:])
         if odd := sorted(values - known):
@@ -152,8 +152,8 @@ def _own_values(split: Labelled, of_maps: list[Facts | str], wrong: Findings, le
                 f"where pixels do not count",
                 f"{path}: found {some([str(v) for v in odd])}",
             )
-        found |= values
-    absent = [name for value, name in enumerate(split.classes) if value not in found]
+        used |= values
+    absent = [name for value, name in enumerate(split.classes) if value not in used]
     present = len(split.classes) - len(absent)
     if present < least and not wrong:
         wrong.add(

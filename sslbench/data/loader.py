@@ -181,14 +181,14 @@ class MicroBatches:
 
 def _too_many(data: ImageSet, corrupt: set[int]) -> Exception:
     """What to raise: the run failed, or the user's table has no images where it should."""
-    first, why = min(corrupt), OSError("now it can be read")
+    example, why = min(corrupt), OSError("now it can be read")
     try:
-        data.read(first)
+        data.read(example)
     except OSError as e:
         why = e
     return (UserError if isinstance(why, NoImage) else RunFailed)(
         f"{len(corrupt)} of {len(data)} images cannot be read, more than {CORRUPT_LIMIT:.1%}; the first is "
-        f"{data.where(first)} ({' '.join(str(why).split())}); `sslbench data check` lists them all"
+        f"{data.where(example)} ({' '.join(str(why).split())}); `sslbench data check` lists them all"
     )
 
 

@@ -166,8 +166,8 @@ def _photographs(kind: str, path: Path, split: str) -> FolderImages:
         source, root = locate(path, split)  # all photographs in one folder: the instance file says which
         files = sorted(str(i.get("file_name")) for i in read_instances(source)["images"])
     elif root is None:
-        found = _listing(path) if path.is_dir() else "no such folder"
-        raise UserError(f"data '{kind}:{path}': expected {places[0]}/*.jpg, found {found}. {HINT}")
+        there = _listing(path) if path.is_dir() else "no such folder"
+        raise UserError(f"data '{kind}:{path}': expected {places[0]}/*.jpg, found {there}. {HINT}")
     else:
         files = sorted(p.name for p in root.iterdir() if is_image(p.name)) or sorted(_images_under(root, ""))
     if not files:

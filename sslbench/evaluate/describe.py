@@ -18,8 +18,8 @@ from ..ledger import Measurement, to_ledger
 from ..provenance import Spent
 from ..train.launch import leave_to_first
 from ..views import normalise, random_resized_crop
+from .evaluation import EvalRecipe, Geometry, protocol_of
 from .features import Subject, extract, newest_run, open_subject, origin
-from .run import EvalRecipe, Geometry, protocol_of
 
 VIEWS = "two random crops of the evaluation view"
 
@@ -49,7 +49,7 @@ def describe(
     seed = subject.run.get("seed", 0) if seed is None else seed
     pool, side, workers = subject.pool_of(s.pool), subject.encoder.image[0], recipe.machine.workers
     x = extract(subject, val, device, workers)[pool].double()
-    found = {
+    numbers = {
         "rankme": (effective_rank(x), None),
         "effective_rank": (effective_rank(x - x.mean(0)), None),
         "feature_std": (spread(x), None),
@@ -59,10 +59,10 @@ def describe(
     conditions: dict[str, dict[str, Any]] = {"alignment": {"views": VIEWS}}
     if second:
         its_pool = second.pool_of(s.pool)
-        found["cka"] = cka(x, extract(second, val, device, workers)[its_pool].double()), None
+        numbers["cka"] = cka(x, extract(second, val, device, workers)[its_pool].double()), None
         conditions["cka"] = {"with": origin(second), "with_sha256": second.sha256, "with_pool": its_pool}
     protocol, cost, records = protocol_of(recipe, pool, side, val), spent.after(), []
-    for metric, (value, error) in found.items():
+    for metric, (value, error) in numbers.items():
         condition = {"pool": pool, **conditions.get(metric, {})}
         its = _with(protocol, condition) if metric == "cka" else protocol
         stderr = None if error is None else error.item()

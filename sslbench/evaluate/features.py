@@ -140,24 +140,24 @@ def fine_tuned(run: str | None, science: dict[str, Any] | None = None) -> Path:
     origin = read_run(folder) if run and folder.is_dir() else {}
     if run and (not origin or origin.get("kind", "pretrain") != "pretrain"):
         return Path(run)  # whether it is a fine-tuned model, and whole, is seen when it is opened
-    found = [
+    models = [
         (path, str(tuned.get("recipe")))
         for path, tuned in _finished("finetune")
         if not run or (tuned.get("subject") or {}).get("sha256") == origin.get("weights_sha256")
         if not science or _science_of(path) == science
     ]
-    if len(found) == 1:
-        return found[0][0]
+    if len(models) == 1:
+        return models[0][0]
     where = f"of {run}" if run else f"under {home() / 'runs'}"
-    if not found:
+    if not models:
         raise UserError(
             f"no finished fine-tuning run {where}{' by that recipe' if science else ''}; `sslbench eval finetune` "
             f"makes one, or name a run folder or a weights file"
         )
-    listed = ", ".join(f"{path} ({recipe})" for path, recipe in found)
+    listed = ", ".join(f"{path} ({recipe})" for path, recipe in models)
     raise UserError(
-        f"{len(found)} fine-tuned models {where}: {listed}; name one of these folders, or the pre-trained run with the "
-        f"fine-tuning's recipe, --set science.finetune=NAME"
+        f"{len(models)} fine-tuned models {where}: {listed}; name one of these folders, or the pre-trained run with "
+        f"the fine-tuning's recipe, --set science.finetune=NAME"
     )
 
 

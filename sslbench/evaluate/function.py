@@ -42,9 +42,9 @@ class Function(Strict):
         """Booleans (M,): which images of val are right. UserError: the function returns something else."""
         answer = load_plugin(self.function, "evaluation")(train, train_labels, val, val_labels, seed)
         if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape != val_labels.shape:
-            found = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+            got = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
             raise UserError(
                 f"{self.function} is to say which of the {len(val_labels)} images are right, as a tensor of booleans "
-                f"({len(val_labels)},), found {found}"
+                f"({len(val_labels)},), found {got}"
             )
         return answer.cpu()

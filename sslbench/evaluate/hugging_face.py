@@ -53,9 +53,9 @@ def tensors(encoder: VisionTransformer) -> dict[str, Tensor]:
     dim = encoder.arch.dim
     out = {"pooler.dense.weight": torch.eye(dim), "pooler.dense.bias": torch.zeros(dim)}
     for name, x in encoder.state_dict().items():
-        if found := QKV.match(name):
+        if fused := QKV.match(name):
             for part, third in zip(("query", "key", "value"), x.chunk(3), strict=True):
-                out[f"encoder.layer.{found[1]}.attention.attention.{part}.{found[2]}"] = third
+                out[f"encoder.layer.{fused[1]}.attention.attention.{part}.{fused[2]}"] = third
         else:
             out[_theirs(name)] = x
     return out

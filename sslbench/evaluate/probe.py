@@ -122,10 +122,10 @@ class Probe(FrozenProbe):
             self.norm = BatchNorm(dim, affine=False, everywhere=True)
             self.norm.eps = 1e-6
         self.heads = nn.ModuleList(nn.Linear(dim, classes) for _ in science.lr)
-        first = torch.empty(classes, dim)
-        nn.init.trunc_normal_(first, std=science.head_std)
+        start = torch.empty(classes, dim)
+        nn.init.trunc_normal_(start, std=science.head_std)
         for head in self.heads:  # the same start: the learning rate is all that differs
-            head.weight.data.copy_(first)  # type: ignore[operator, union-attr]
+            head.weight.data.copy_(start)  # type: ignore[operator, union-attr]
             nn.init.zeros_(head.bias)  # type: ignore[arg-type]
 
     def logits(self, images: Tensor) -> Tensor:

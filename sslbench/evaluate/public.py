@@ -66,24 +66,24 @@ def _read(path: Path) -> Any:
 def _objects(path: Path) -> str:
     """The classes and functions that the file names, found without loading it; '' where that cannot be told."""
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        globals_named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a file of torch's older format
         return ""
-    return ", ".join(sorted(found)[:5])
+    return ", ".join(sorted(globals_named)[:5])
 
 
 def places(tree: Any, where: str = "") -> dict[str, dict[str, Tensor]]:
     """{place: tensors} of every Vision Transformer in a file. A place is a dotted name such as `state_dict.module.`"""
-    found: dict[str, dict[str, Tensor]] = {}
+    encoders: dict[str, dict[str, Tensor]] = {}
     if not isinstance(tree, dict):
-        return found
+        return encoders
     tensors = {k: v for k, v in tree.items() if isinstance(k, str) and isinstance(v, Tensor)}
     for prefix in (k.removesuffix(m) for m in MARKERS for k in tensors if k.endswith(m)):
-        found[where + prefix] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        encoders[where + prefix] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     for key, inner in tree.items():
         if isinstance(key, str):
-            found |= places(inner, f"{where}{key}.")
-    return found
+            encoders |= places(inner, f"{where}{key}.")
+    return encoders
 
 
 def names_in(tree: Any, where: str = "") -> list[str]:
@@ -134,16 +134,16 @@ def to_encoder(tree: Any, where: str) -> tuple[VisionTransformer, str]:
     names = names_in(tree)
     if what := family(names):
         raise UserError(f"{where}: this is {what}; only Vision Transformers of one width and grid are evaluated")
-    found = places(tree)
-    if not found:
+    encoders = places(tree)
+    if not encoders:
         has = ", ".join(map(str, tree))[:200]
         raise UserError(f"{where}: no weights in it of a Vision Transformer known here, no '{MARKER}'; found {has}")
     cae = any(CAE in name for name in names)
-    place = _taken(found, names)
-    if len(found) > 1 or LEARNER.search(place):
-        others = ", ".join(p.rstrip(".") or "the top" for p in found if p != place) or "a teacher's: it has none"
+    place = _taken(encoders, names)
+    if len(encoders) > 1 or LEARNER.search(place):
+        others = ", ".join(p.rstrip(".") or "the top" for p in encoders if p != place) or "a teacher's: it has none"
         warnings.warn(f"{where}: the weights of {place.rstrip('.') or 'the top'} are taken, not {others}", stacklevel=2)
-    translated = translate(found[place], where)
+    translated = translate(encoders[place], where)
     for note in translated.notes:
         warnings.warn(f"{where}: {note}", stacklevel=2)
     mine = translated.tensors
@@ -172,13 +172,13 @@ def _taken(found: Iterable[str], names: list[str]) -> str:
 
 def beside_encoder(tree: Any, where: str) -> tuple[dict[str, Tensor], list[str]]:
     """Of a file that `to_encoder` takes: (what lies in the encoder's place beside it, what lies around, by name)."""
-    found = places(tree)
-    place = _taken(found, names_in(tree))
+    encoders = places(tree)
+    place = _taken(encoders, names_in(tree))
     holder, prefix = tree, place
     while key := next((k for k, v in holder.items() if isinstance(v, dict) and prefix.startswith(f"{k}.")), None):
         holder, prefix = holder[key], prefix.removeprefix(f"{key}.")
     around = [k for k, v in holder.items() if isinstance(v, Tensor) and not k.startswith(prefix)]
-    return translate(found[place], where).beside, around
+    return translate(encoders[place], where).beside, around
 
 
 def _arch(tensors: dict[str, Tensor], heads: Any, many_heads: bool, where: str) -> str:

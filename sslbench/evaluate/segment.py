@@ -20,9 +20,9 @@ from ..pictures import beside
 from ..provenance import Spent
 from ..stats import image_interval
 from ..train.launch import leave_to_first
+from .evaluation import EvalRecipe
 from .features import Subject, newest_run, open_subject
 from .patches import Counts, Frozen, Scores, answer, mean_iou, pixel_accuracy
-from .run import EvalRecipe
 from .segprobe import Segknn, Segprobe, learn, remember
 from .told import NOTHING, Told
 
@@ -119,10 +119,10 @@ def _line(r: Record) -> str:
 
 def numbers(c: Counts) -> dict[str, tuple[float, float | None, list[float] | None]]:
     """{metric: (percent, standard error, 95 % interval)}, the latter two by drawing images anew."""
-    found = {}
+    values = {}
     for name, statistic, sums in (("miou", mean_iou, (c.both, c.either)), ("aacc", pixel_accuracy, (c.both, c.truth))):
-        found[name] = float(statistic(*(x.sum(0) for x in sums))), *image_interval(statistic, *sums)
-    return found
+        values[name] = float(statistic(*(x.sum(0) for x in sums))), *image_interval(statistic, *sums)
+    return values
 
 
 def draw(frozen: Frozen, val: Labelled, scores: Scores, folder: Path) -> None:

@@ -100,8 +100,8 @@ def learn(frozen: Frozen, train: Labelled, s: Segprobe, seed: int) -> tuple[Scor
     if len(s.lr) > 1:
         each = heads(slice(n), s.lr)
         counts = frozen.count(train, tenth, lambda tokens: [head(tokens) for head in each])
-        found = [float(mean_iou(c.both.sum(0), c.either.sum(0))) for c in counts]
-        best = s.lr[found.index(max(found))]
+        mious = [float(mean_iou(c.both.sum(0), c.either.sum(0))) for c in counts]
+        best = s.lr[mious.index(max(mious))]
     (head,) = heads(slice(None), [best])
     return lambda tokens: [head(tokens)], {"lr": best, "pixels": len(x)}
 

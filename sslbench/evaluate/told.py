@@ -73,11 +73,11 @@ def of_timm(name: str, config: dict[str, object]) -> Told:
 
 def both(known: Told, told: Told, where: str) -> Told:
     """What is known, filled in by what is told. UserError where they disagree."""
-    found = {}
+    merged = {}
     for f in fields(Told):
         a, b = getattr(known, f.name), getattr(told, f.name)
         alike = a.casefold() == b.casefold() if isinstance(a, str) and isinstance(b, str) else a == b
         if None not in (a, b) and not alike:
             raise UserError(f"{where} is known to be {known}: leave out what says otherwise ({told})")
-        found[f.name] = b if a is None else a
-    return Told(**found)
+        merged[f.name] = b if a is None else a
+    return Told(**merged)

@@ -158,5 +158,5 @@ def lay_out_positions(t: Tensors, where: str) -> int:
                 t["registers"] = t["registers"] + table[:, cls:rows]
             t["pos_embed"] = torch.cat([first, table[:, rows:]], 1)
             return side
-    found = " x ".join(map(str, table.shape))
-    raise UserError(f"{where}: expected positions 1 x (1 + side x side) x {dim}, a square grid, found {found}")
+    shape = " x ".join(map(str, table.shape))
+    raise UserError(f"{where}: expected positions 1 x (1 + side x side) x {dim}, a square grid, found {shape}")

@@ -76,8 +76,8 @@ def drop_none(tree: dict[str, Any]) -> dict[str, Any]:
 
 def resolve(tree: dict[str, Any], name: str) -> Recipe:
     """A checked recipe with every default written out, the method's config included."""
-    if found := problems(tree):
-        raise UserError(f"recipe {name}: " + "; ".join(found))
+    if wrong := problems(tree):
+        raise UserError(f"recipe {name}: " + "; ".join(wrong))
     recipe = Recipe.model_validate({**tree, "name": name})
     given = dict(recipe.science.method)
     method = get_method(str(given.pop("name")))
@@ -90,16 +90,16 @@ def resolve(tree: dict[str, Any], name: str) -> Recipe:
 
 def problems(tree: dict[str, Any]) -> list[str]:
     """A line for everything that is wrong with a recipe; [] of one that resolves."""
-    found = strict.problems(Recipe, {**tree, "name": ""})
+    wrong = strict.problems(Recipe, {**tree, "name": ""})
     science = _mapping(tree, "science")
     given = _mapping(science, "method")
     if "name" in given:
-        found += problem_of(lambda: _check_method(given))
+        wrong += problem_of(lambda: _check_method(given))
     elif isinstance(science.get("method"), dict):
-        found.append("science.method.name is missing")
-    found += problem_of(lambda: get_arch(str(science.get("arch", Science.model_fields["arch"].default))))
-    if found:
-        return found
+        wrong.append("science.method.name is missing")
+    wrong += problem_of(lambda: get_arch(str(science.get("arch", Science.model_fields["arch"].default))))
+    if wrong:
+        return wrong
     s = Recipe.model_validate({**tree, "name": ""}).science
     patch = get_arch(s.arch).patch
     if s.data.image_size and s.data.image_size % patch:
@@ -128,5 +128,5 @@ def _check_method(given: dict[str, Any]) -> None:
     method = get_method(name)
     if preset not in method.presets:
         raise UserError(f"{name_of(name)} has no preset '{preset}'{nearest(preset, method.presets)}")
-    if found := strict.problems(method.Config, {**method.presets[preset], **config}, "science.method."):
-        raise UserError("; ".join(found))
+    if wrong := strict.problems(method.Config, {**method.presets[preset], **config}, "science.method."):
+        raise UserError("; ".join(wrong))

@@ -38,11 +38,11 @@ def find_any(name: str) -> tuple[Path, str]:
     if name.endswith((".yaml", ".yml")):
         path = find_recipe(name)
         return path, kind_of(path)
-    found = {f"{kind}/{n}": (p, kind) for kind in KINDS for n, p in recipe_files(kind).items() if _is(name, n, kind)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if found:
-        raise UserError(f"recipe '{name}' is ambiguous: {', '.join(found)}")
+    matches = {f"{kind}/{n}": (p, kind) for kind in KINDS for n, p in recipe_files(kind).items() if _is(name, n, kind)}
+    if len(matches) == 1:
+        return next(iter(matches.values()))
+    if matches:
+        raise UserError(f"recipe '{name}' is ambiguous: {', '.join(matches)}")
     known = [n for kind in KINDS for n in recipe_files(kind)]
     raise UserError(f"unknown recipe '{name}'{nearest(name, known)}; `sslbench list recipes` shows all")
 

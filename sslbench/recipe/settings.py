@@ -127,7 +127,7 @@ def _divisor(total: int, most: int) -> int:
 
 def _nearest(arch: str, size: int, data: str, method: str | None = None) -> Path | None:
     """The method's recipe, or any, that is nearest to what is wanted; recipes of one table alone are left out."""
-    found: dict[tuple[Any, ...], Path] = {}
+    by_distance: dict[tuple[Any, ...], Path] = {}
     for name, path in recipe_files().items():
         owner, _, own = name.partition("/")
         named = max((a for a in ARCHS if own.startswith(f"{a}_")), key=len, default=None)
@@ -137,8 +137,8 @@ def _nearest(arch: str, size: int, data: str, method: str | None = None) -> Path
         of = own.removeprefix(f"{named}_")
         width = abs(math.log(ARCHS[named].dim / get_arch(arch).dim))
         key = (named != arch, of != data, abs(math.log(views / size)), of != "imagenet", width, name)
-        found[key] = path
-    return found[min(found)] if found else None
+        by_distance[key] = path
+    return by_distance[min(by_distance)] if by_distance else None
 
 
 def shorten_warmup(science: BaseModel, given: dict[str, Any]) -> str:

@@ -120,8 +120,8 @@ def _above(lines: list[str], at: int, head: int) -> list[str]:
 
 def _beside(lines: list[str], key: yaml.Node, value: yaml.Node) -> str:
     mark = key.end_mark if _is_block(value) else value.end_mark
-    found = re.match(r"[:\s]*(#.*)", lines[mark.line][mark.column :]) if mark.line < len(lines) else None
-    return found[1] if found else ""
+    comment = re.match(r"[:\s]*(#.*)", lines[mark.line][mark.column :]) if mark.line < len(lines) else None
+    return comment[1] if comment else ""
 
 
 def _is_block(node: yaml.Node) -> bool:

@@ -67,7 +67,7 @@ def compare(a: str, b: str, records: list[Record], console: Console) -> dict[str
 
 def _select(name: str, records: list[Record]) -> dict[Key, list[Record]]:
     """The records of what is named, by what they may be compared with."""
-    found: dict[Key, list[Record]] = defaultdict(list)
+    of_key: dict[Key, list[Record]] = defaultdict(list)
     recipes: dict[tuple[str, str, str], str] = {}
     run_name, images = name.rstrip("/").rpartition("/")[2], training_images(records)
     wanted = _without_seed(run_name)
@@ -81,8 +81,8 @@ def _select(name: str, records: list[Record]) -> dict[Key, list[Record]]:
         if of_run and images[r.id] not in of_run:  # a set in another folder of the same name
             continue
         recipes[r.arch, r.pretrain.recipe_hash or "", images[r.id]] = r.pretrain.run or r.method
-        found[r.dataset, r.data_fingerprint, r.protocol.name, r.protocol.hash, r.metric].append(r)
-    if not found:
+        of_key[r.dataset, r.data_fingerprint, r.protocol.name, r.protocol.hash, r.metric].append(r)
+    if not of_key:
         known = sorted({named(r) for r in records} | {r.pretrain.run for r in records if r.pretrain.run})
         raise UserError(
             f"the ledger has no number of '{name}'{nearest(name, known)}; name a run, a method or a recipe hash"
@@ -91,7 +91,7 @@ def _select(name: str, records: list[Record]) -> dict[Key, list[Record]]:
         names = [_without_seed(run) for run in recipes.values()]
         names = names if len(set(names)) == len(names) else [*recipes.values()]
         raise UserError(f"'{name}' is {len(recipes)} recipes in the ledger; name one by its run: {', '.join(names)}")
-    return found
+    return of_key
 
 
 def named(r: Record) -> str:

@@ -41,12 +41,12 @@ def equal(table: Table) -> list[Equal]:
     rows = table.trained
     if len(rows) < 2:
         return []
-    found = [_equal("Equal epochs", rows, [row.first.pretrain.epochs for row in rows], "{:.4g} ep", 1.0)]
+    budgets = [_equal("Equal epochs", rows, [row.first.pretrain.epochs for row in rows], "{:.4g} ep", 1.0)]
     for machine in sorted({name for row in rows for name in row.hardware()}):
         seconds = [row.device_s() if row.hardware() == {machine} else None for row in rows]
-        found.append(_equal(f"Equal device time on {machine}", rows, seconds, "{:,.0f} s", NEAR))
+        budgets.append(_equal(f"Equal device time on {machine}", rows, seconds, "{:,.0f} s", NEAR))
     teraflops = [None if (n := row.flops()) is None else n / 1e12 for row in rows]
-    return [*found, _equal("Equal FLOPs", rows, teraflops, "{:,.1f} TFLOP", NEAR)]
+    return [*budgets, _equal("Equal FLOPs", rows, teraflops, "{:,.1f} TFLOP", NEAR)]
 
 
 def _equal(title: str, rows: list[Row], costs: list[float | None], word: str, near: float) -> Equal:
@@ -60,8 +60,8 @@ def _equal(title: str, rows: list[Row], costs: list[float | None], word: str, ne
             groups.append(_group(known[i:stop], word))
         end = max(end, stop)
     together = {row.label for group in groups for row in group.rows}
-    alone = [(row, c) for c, row in zip(costs, rows, strict=True) if row.label not in together]
-    return Equal(title, groups, [f"{row.label} ({word.format(c) if c else 'none known'})" for row, c in alone])
+    unequal = [(row, c) for c, row in zip(costs, rows, strict=True) if row.label not in together]
+    return Equal(title, groups, [f"{row.label} ({word.format(c) if c else 'none known'})" for row, c in unequal])
 
 
 def _group(window: list[tuple[float, Row]], word: str) -> Group:
@@ -77,7 +77,7 @@ def _group(window: list[tuple[float, Row]], word: str) -> Group:
 
 def _differences(pairs: list[tuple[Row, Row]], column: str) -> list[str]:
     """`+1.2 ± 0.8, p 0.03` a pair; '' where they share no seed."""
-    found: dict[int, tuple[float, float | None, float | None]] = {}
+    differences: dict[int, tuple[float, float | None, float | None]] = {}
     for i, (a, b) in enumerate(pairs):
         if column not in a.cells or column not in b.cells:
             continue
@@ -85,14 +85,14 @@ def _differences(pairs: list[tuple[Row, Row]], column: str) -> list[str]:
         seeds = sorted(of_a.keys() & of_b.keys())
         x, y = ([side[s] for s in seeds] for side in (of_a, of_b))
         if seeds:
-            found[i] = paired_difference(x, y) if len(seeds) > 1 else (x[0] - y[0], None, None)
-    ps = holm({i: p for i, (_, _, p) in found.items() if p is not None})
+            differences[i] = paired_difference(x, y) if len(seeds) > 1 else (x[0] - y[0], None, None)
+    ps = holm({i: p for i, (_, _, p) in differences.items() if p is not None})
     texts = []
     for i in range(len(pairs)):
-        if i not in found:
+        if i not in differences:
             texts.append("")
             continue
-        difference, half, _ = found[i]
+        difference, half, _ = differences[i]
         interval = f"{difference:+z.1f}" + ("" if half is None else f" ± {half:.1f}")
         texts.append(f"{interval}, p {ps[i]:.2g}" if i in ps else interval)
     return texts

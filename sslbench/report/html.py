@@ -159,8 +159,8 @@ def _paper_tables(c: Content) -> Section:
 
 def _by_paper(named: list[tuple[str, Any]]) -> dict[str, list[Any]]:
     """{the paper's title: what is of its tables}. named: (table, what)."""
-    found = {title: [x for table, x in named if table.startswith(f"{p}_")] for p, title in PAPERS.items()}
-    return {title: its for title, its in found.items() if its}
+    grouped = {title: [x for table, x in named if table.startswith(f"{p}_")] for p, title in PAPERS.items()}
+    return {title: its for title, its in grouped.items() if its}
 
 
 # ----------------------------------------------------------------------------------------------- what templates ask for

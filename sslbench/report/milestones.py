@@ -61,7 +61,7 @@ def lines_of(records: list[Record]) -> dict[tuple[Panel, Recipe], list[tuple[flo
 
 
 def _line(shares: dict[float, list[Record]]) -> list[tuple[float, float]]:
-    by_seed = {share: cell_of(found).by_seed() for share, found in sorted(shares.items())}
+    by_seed = {share: cell_of(numbers).by_seed() for share, numbers in sorted(shares.items())}
     common = set.intersection(*({*values} for values in by_seed.values()))
     return [
         (share, fmean(v for seed, v in values.items() if seed in common or not common))
@@ -74,8 +74,8 @@ def recipe_names(recipes: list[Recipe]) -> dict[Recipe, str]:
     levels = {recipe: _named(recipe) for recipe in recipes}
     names = {}
     for recipe, named in levels.items():
-        alone = (n for i, n in enumerate(named) if [other[i] for other in levels.values()].count(n) == 1)
-        names[recipe] = wrapped(next(alone, named[-1]))
+        unshared = (n for i, n in enumerate(named) if [other[i] for other in levels.values()].count(n) == 1)
+        names[recipe] = wrapped(next(unshared, named[-1]))
     return names
 
 

@@ -32,10 +32,10 @@ def missing(names: list[str], records: list[Record], console: Console) -> list[d
     """
     out, records = [], newest(records)
     for name in names or [n for n in paper_tables() if not n.endswith("_text")]:
-        kind, found = "", sorted(_of_table(name, records), key=lambda entry: entry["kind"] != "hybrid")
-        if found:
+        kind, entries = "", sorted(_of_table(name, records), key=lambda entry: entry["kind"] != "hybrid")
+        if entries:
             console.print(f"[bold]{name}[/]: all of it by sslbench study {name} --scale paper")
-        for entry in found:
+        for entry in entries:
             if entry["kind"] != kind:
                 kind = entry["kind"]
                 console.print(f"  {kind}s")
@@ -45,7 +45,7 @@ def missing(names: list[str], records: list[Record], console: Console) -> list[d
                 console.print(f"    # {entry['note']}", markup=False)
             for command in entry["eval"]:
                 console.print(f"    {command}", markup=False)
-        out += found
+        out += entries
     if out:
         console.print(
             f"\nHours: FLOPs at {SHARE:.0%} of one {YARDSTICK}'s peak; `sslbench plan` measures on this machine."

@@ -86,16 +86,16 @@ def write_page(
     for name, blob in files.items():
         write_atomically(out / name, blob)
     numbers = sum(len(row.cells) for t in content.main for row in t.rows)
-    first = next((out / f"report.{f}" for f in FORMATS if f"report.{f}" in files), out)
-    return {"report": str(first), "files": [str(out / f) for f in sorted(files)], "numbers": numbers}
+    report_file = next((out / f"report.{f}" for f in FORMATS if f"report.{f}" in files), out)
+    return {"report": str(report_file), "files": [str(out / f) for f in sorted(files)], "numbers": numbers}
 
 
 def _content(
     records: list[Record], notes: list[str], title: str, papers: bool | list[str], shown: list[Result]
 ) -> Content:
-    alone = papers if isinstance(papers, list) else []
-    beside = [reported_beside_measured(name, records) for name in alone or paper_tables()] if papers else []
-    if alone:
+    only_papers = papers if isinstance(papers, list) else []
+    beside = [reported_beside_measured(name, records) for name in only_papers or paper_tables()] if papers else []
+    if only_papers:
         return Content(title, notes, [], [], beside, True, shown)
     others = tuple({r.metric for r in records} - {*MAIN_METRICS, *GEOMETRY})
     other = tables(records, others) + tables(records, GEOMETRY)

@@ -52,15 +52,15 @@ def paper_figures(all_tables: list[Table]) -> list[PaperFigure]:
 
 def curves(table: Table) -> Figure | None:
     """The loss of every run whose folder is still there, a panel a method: losses of two methods do not compare."""
-    found = {label_of(row): lines for row in table.trained if (lines := _lines(row, "loss"))}
-    if not found:
+    lines_of = {label_of(row): lines for row in table.trained if (lines := _lines(row, "loss"))}
+    if not lines_of:
         return None
     with mpl.rc_context(STYLE):
-        figure, panels = _stack([1.3] * -(-len(found) // 2), across=2)
-        for axis, (label, lines) in zip(panels, found.items(), strict=False):
+        figure, panels = _stack([1.3] * -(-len(lines_of) // 2), across=2)
+        for axis, (label, lines) in zip(panels, lines_of.items(), strict=False):
             _draw_lines(axis, lines, colour_of(0))
             axis.set_title(label)
-        for axis in panels[len(found) :]:
+        for axis in panels[len(lines_of) :]:
             axis.set_axis_off()
         figure.supxlabel("loss by epoch; a line a seed", fontsize=9)
     return figure
@@ -109,17 +109,17 @@ def _ocl_3(all_tables: list[Table]) -> PaperFigure:
 
 
 def _asl_1(all_tables: list[Table]) -> PaperFigure:
-    found: dict[str, list[Point]] = defaultdict(list)
+    points_of: dict[str, list[Point]] = defaultdict(list)
     for table in all_tables:
         for i, row in enumerate(table.trained):
             seen = [x for f in _inspected(row) if (x := _token_similarity(f / "inspect.json")) is not None]
             if seen and (cell := row.cells.get(_linear(table))):
                 alike = sum(seen) / len(seen)
-                found[f"{table.title}, {_linear(table)}"].append((alike, cell.value, label_of(row), colour_of(i)))
+                points_of[f"{table.title}, {_linear(table)}"].append((alike, cell.value, label_of(row), colour_of(i)))
     frame = read_paper("ccmim_t1")
     frame = frame[(frame["metric"] == "linprobe_top1") & (frame["value"] != "")]
     printed = {m: float(v) for m, v in zip(frame["method"], frame["value"], strict=True) if m in ASL_1}  # the longest
-    figure, panels = _stack([1.5] + [PANEL] * len(found))
+    figure, panels = _stack([1.5] + [PANEL] * len(points_of))
     lines: list[Point] = [(1, v, f"{m} {v:g}", colour_of(i)) for i, (m, v) in enumerate(sorted(printed.items()))]
     for _, value, _, colour in lines:
         panels[0].axhline(value, color=colour, linewidth=1)
@@ -127,20 +127,20 @@ def _asl_1(all_tables: list[Table]) -> PaperFigure:
     panels[0].set_xticks([])
     panels[0].margins(y=0.12)
     _title(panels[0], "printed: linear accuracy of ViT-B on ImageNet-1K")
-    for axis, (title, points) in zip(panels[1:], found.items(), strict=True):
+    for axis, (title, points) in zip(panels[1:], points_of.items(), strict=True):
         for x, y, _, colour in points:
             axis.plot(x, y, "o", color=colour)
         _title(axis, f"measured: {title}")
         axis.margins(0.15, 0.15)
     figure.supxlabel("token similarity: mean cosine of an image's patches; y: top-1, %", fontsize=9)
-    _name(figure, panels, [lines, *found.values()])
+    _name(figure, panels, [lines, *points_of.values()])
     return PaperFigure(
         "asl_fig1",
         "ASL, Figure 1: token similarity against linear accuracy",
         "The paper draws how similar each model's tokens are and prints no number of it. The linear accuracies are "
         "those of ccMIM's Table 1, the longest training of each method.",
         figure,
-        [] if found else ["sslbench inspect runs/RUN", "sslbench inspect timm:vit_base_patch16_224.mae"],
+        [] if points_of else ["sslbench inspect runs/RUN", "sslbench inspect timm:vit_base_patch16_224.mae"],
     )
 
 
@@ -317,8 +317,8 @@ def _draw_lines(axis: Axes, lines: Lines, colour: str, label: str = "") -> None:
 def _recon(table: Table) -> dict[str, Lines]:
     """Of ccMIM and MAE, whose whole loss it is."""
     terms = {"ccmim": "recon", "mae": "loss"}
-    found = {label_of(row): _lines(row, terms[row.method]) for row in table.trained if row.method in terms}
-    return {label: lines for label, lines in found.items() if lines}
+    lines_of = {label_of(row): _lines(row, terms[row.method]) for row in table.trained if row.method in terms}
+    return {label: lines for label, lines in lines_of.items() if lines}
 
 
 def _ccmim_rows(all_tables: list[Table], key: str, default: Any) -> dict[tuple[str, str], list[tuple[Any, Cell]]]:
@@ -326,7 +326,7 @@ def _ccmim_rows(all_tables: list[Table], key: str, default: Any) -> dict[tuple[s
 
     A record's preset says what its recipe sets otherwise, as `paper+contrast_weight=0.1`.
     """
-    found: dict[tuple[str, str], list[tuple[Any, Cell]]] = defaultdict(list)
+    points_of: dict[tuple[str, str], list[tuple[Any, Cell]]] = defaultdict(list)
     for table in all_tables:
         for row in table.trained:
             if row.method != "ccmim" or not (cell := row.cells.get(_linear(table))):
@@ -334,5 +334,5 @@ def _ccmim_rows(all_tables: list[Table], key: str, default: Any) -> dict[tuple[s
             settings = dict(part.split("=", 1) for part in (row.first.preset or "").split("+")[1:])
             value = type(default)(settings.pop(key, default))
             others = ", ".join([*(f"{k}={v}" for k, v in settings.items()), f"{row.first.pretrain.epochs or 0:g} ep"])
-            found[table.title, others].append((value, cell))
-    return found
+            points_of[table.title, others].append((value, cell))
+    return points_of

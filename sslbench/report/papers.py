@@ -60,11 +60,11 @@ def reported_beside_measured(name: str, records: list[Record]) -> PaperTable:
     for _, group in frame.groupby(["row", *keys, "nth"], sort=False):
         cells = {}
         for at, line in group.iterrows():
-            found = measured_for(printed.loc[at], measured)
-            measurable += bool(found) or _measurable(printed.loc[at])
-            cells[line[across]] = " | ".join([_printed(line, remarks), *(found[:1] if found else ())])
-            if found:
-                sources[len(rows), len(keys) + columns.index(line[across])] = found[1]
+            measurement = measured_for(printed.loc[at], measured)
+            measurable += bool(measurement) or _measurable(printed.loc[at])
+            cells[line[across]] = " | ".join([_printed(line, remarks), *(measurement[:1] if measurement else ())])
+            if measurement:
+                sources[len(rows), len(keys) + columns.index(line[across])] = measurement[1]
         rows.append([group.iloc[0][k].replace(";", ", ") for k in keys] + [cells.get(c, "") for c in columns])
     once = {k: frame[k].iloc[0] for k in KEYS if k not in (*keys, across) and frame[k].nunique() == 1}
     common = ", ".join(KEYS[k].format(v.replace(";", ", ")) for k, v in once.items() if v)
@@ -132,9 +132,9 @@ def measured_for(line: Any, records: list[Record]) -> tuple[str, list[str]] | No
     Only runs of the very recipe that `report --missing` prints, of all seeds, or else public weights, which are marked
     so. In brackets the difference to what is printed, then the method and the epochs where they are not as printed.
     """
-    if not (found := behind(line, records)):
+    if not (its := behind(line, records)):
         return None
-    r, cell = found[0], cell_of(found)
+    r, cell = its[0], cell_of(its)
     epochs = f"{r.pretrain.epochs or 0:g}"
     words = [] if (printed := _number(line["value"])) is None else [f"{cell.value - printed:+.1f}"]
     words += [r.method] if r.method.casefold() != line["method"].casefold() else []

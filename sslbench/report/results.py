@@ -49,22 +49,22 @@ def results() -> list[Result]:
 def result(record: dict[str, Any], records: dict[str, Record]) -> Result:
     """records: the ledger's by id; a number that is gone from there is left out."""
     study = Study.model_validate({**record["study"], "name": record["name"]})
-    found = _found(record["cells"], records)
-    metric = study.metric or next((m for row in found for m in found[row]), None)
+    numbers_of = _found(record["cells"], records)
+    metric = study.metric or next((m for row in numbers_of for m in numbers_of[row]), None)
     budgets = list(dict.fromkeys(c["budget"] for c in record["cells"] if c["recipe_hash"]))
     budgets.sort(key=lambda b: -parse_budget(b).amount if b else 0)
-    kept = right.read(r.id for by in found.values() for r in by.get(metric or "", []))
+    kept = right.read(r.id for by in numbers_of.values() for r in by.get(metric or "", []))
     rankings, beside = [], {}
     for budget in budgets:
         word = budget or _one_length(record["cells"])
         rows = list(dict.fromkeys(c["row"] for c in record["cells"] if c["budget"] == budget or c["row"] == UNTRAINED))
         beside[word or "as their recipes are"] = {
-            row: {m: str(cell_of(rs)) for m, rs in _at(found, row, budget).items() if m != metric} for row in rows
+            row: {m: str(cell_of(rs)) for m, rs in _at(numbers_of, row, budget).items() if m != metric} for row in rows
         }
-        numbers = [_numbers(row, _at(found, row, budget).get(metric or "", []), kept, record) for row in rows]
+        numbers = [_numbers(row, _at(numbers_of, row, budget).get(metric or "", []), kept, record) for row in rows]
         if metric and word and any(n.by_seed for n in numbers):
             rankings.append(rank(word, metric, numbers, _words(metric)))
-    spent = [_spent(row, budget, record["cells"], found) for budget in budgets for row in record["rows"]]
+    spent = [_spent(row, budget, record["cells"], numbers_of) for budget in budgets for row in record["rows"]]
     return Result(record, study, rankings, beside, [s for s in spent if s], _notes(record, study))
 
 

@@ -155,15 +155,15 @@ def compared(r: Ranking) -> list[str]:
 
 def sources(result: Result, known: Container[str]) -> dict[tuple[str, str, str], list[str]]:
     """(row, budget as it is ranked, metric) -> the ids of the records behind the number, those that are known."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+    ids: dict[tuple[str, str, str], list[str]] = {}
     for budget, rows in result.beside.items():
         for c in result.record["cells"]:
             if c["row"] not in rows or c["budget"] not in (budget, ""):
                 continue
             for metric, id in c["numbers"].items():
                 if id in known:
-                    found.setdefault((c["row"], budget, metric), []).append(id)
-    return found
+                    ids.setdefault((c["row"], budget, metric), []).append(id)
+    return ids
 
 
 def matrix(r: Ranking) -> Grid:

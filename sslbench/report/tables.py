@@ -204,13 +204,13 @@ def _table(key: tuple[str, ...], group: list[Record], title: str) -> Table:
 def training_images(records: list[Record]) -> dict[str, str]:
     """{record id: the fingerprint of what it was pre-trained on}: sets in two folders of one name are two.
 
-    An old record does not know it, and has that of the others of its recipe where there is one alone.
+    An old record does not know it, and has that of the others of its recipe where there is one unique.
     """
     of_recipe: dict[str | None, set[str]] = defaultdict(set)
     for r in records:
         of_recipe[r.pretrain.recipe_hash].update([r.pretrain.data_fingerprint] if r.pretrain.data_fingerprint else [])
-    alone = {recipe: next(iter(found)) for recipe, found in of_recipe.items() if len(found) == 1}
-    return {r.id: r.pretrain.data_fingerprint or alone.get(r.pretrain.recipe_hash, "") for r in records}
+    unique = {recipe: next(iter(fingerprints)) for recipe, fingerprints in of_recipe.items() if len(fingerprints) == 1}
+    return {r.id: r.pretrain.data_fingerprint or unique.get(r.pretrain.recipe_hash, "") for r in records}
 
 
 def row_key(r: Record) -> RowKey:

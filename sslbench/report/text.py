@@ -101,9 +101,9 @@ def markdown(c: Content) -> str:
     parts.append(c.lead)
     for t in c.main:
         parts += [f"## {t.title}", "\n".join(f"* {line}" for line in summary(t)), _grid(*measured(t))]
-        found = equal(t)
-        parts += ["### At equal budgets", EQUAL] if found else []
-        for e in found:
+        budgets = equal(t)
+        parts += ["### At equal budgets", EQUAL] if budgets else []
+        for e in budgets:
             parts += [f"#### {e.title}", *(_grid(*as_rows(group)) for group in e.groups), alone(e)]
     if c.milestones:
         title = milestones.TITLE

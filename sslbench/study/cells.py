@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 from ..data import open_both
 from ..errors import UserError
+from ..evaluate.evaluation import EvalRecipe, eval_recipe
 from ..evaluate.features import open_subject
 from ..evaluate.finetune import Finetune, FinetuneJob
-from ..evaluate.run import EvalRecipe, eval_recipe
 from ..evaluate.start import settle
 from ..ledger import Record
 from ..recipe import Batch, Recipe, compose, length, merge

@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import Console
 
 from ..data import ImageSet, open_both, open_split, open_test
+from ..evaluate.evaluation import EvalRecipe, Robustness, eval_recipe, evaluate, protocol_of, robustness_hash
 from ..evaluate.features import view_of
 from ..evaluate.labels import protocol_name
-from ..evaluate.run import EvalRecipe, Robustness, eval_recipe, evaluate, protocol_of, robustness_hash
 from ..ledger import Record, checked
 from ..method import get_method
 from ..recipe import Recipe
 from ..transfer.protocol import TransferRecipe, transfer_recipe
-from ..transfer.run import fingerprint_of, transfer
+from ..transfer.transfer import fingerprint_of, transfer
 from .budget import Budget, parse_budget
 from .spec import Evaluation
 

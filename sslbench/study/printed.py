@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from ..errors import UserError, nearest
+from ..evaluate.evaluation import Robustness, eval_recipe, robustness_hash
 from ..evaluate.job import protocol_hash
-from ..evaluate.run import Robustness, eval_recipe, robustness_hash
 from ..paths import bundled
 from ..transfer.protocol import transfer_recipe
 from ..views import VIEW

@@ -140,14 +140,14 @@ def _public(line: Any, evaluation: PrintedEvaluation, records: list[Record]) -> 
     printed = (line["method"].casefold(), line["arch"], line["pretrain_data"].replace("_", "-"), line["epochs"])
     own = get_method(plugin_of(line)).pool if plugin_of(line) in methods() else None
     side = ARCHS[line["arch"]].image if line["arch"] in ARCHS else 0
-    found = []
+    its = []
     for r in (r for r in records if r.public):
         row = (r.method.casefold(), r.arch, (r.pretrain.data or "").replace("_", "-"), f"{r.pretrain.epochs or 0:g}")
         pool = own or str(r.condition.get("pool", "cls"))  # of a method that this suite has not, its own feature
         if row == printed and r.protocol.hash in evaluation.protocol_hashes(pool, side):
-            found.append(r)
-    last = max(found, key=lambda r: (r.created, r.id), default=None)
-    return [r for r in found if last and r.weights_sha256 == last.weights_sha256]
+            its.append(r)
+    last = max(its, key=lambda r: (r.created, r.id), default=None)
+    return [r for r in its if last and r.weights_sha256 == last.weights_sha256]
 
 
 def _keys(condition: str) -> set[str]:

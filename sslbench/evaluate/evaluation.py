@@ -153,8 +153,8 @@ def evaluate_named(
         raise UserError(f"--seeds {seeds}: {protocol} draws nothing, so every seed would give the same number")
     if seeds > 1 and (launched() or recipe.machine.devices * recipe.machine.nodes > 1):
         raise UserError(f"--seeds {seeds} is for one process; on several devices give one --seed after the other")
-    first, main = seed or 0, []
-    for s in range(first, first + seeds):
+    first_seed, main = seed or 0, []
+    for s in range(first_seed, first_seed + seeds):
         records = evaluate(recipe, run, data, s if seeds > 1 else seed, console=console, told=told)
         main.append(records[0])
         for r in records:

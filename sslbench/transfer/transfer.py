@@ -12,8 +12,8 @@ from rich.console import Console
 
 from ..data.dense import find_data
 from ..errors import UserError
+from ..evaluate.evaluation import in_ledger, same_images, same_subject
 from ..evaluate.features import newest_run, open_subject, read_safetensors
-from ..evaluate.run import in_ledger, same_images, same_subject
 from ..evaluate.told import NOTHING, Told
 from ..files import check_weights, hashes, write_json
 from ..ledger import Measurement, Record, Scale, to_ledger
