@@ -17,8 +17,7 @@ from torch import nn
 
 from sslbench import ledger, provenance
 from sslbench.data import open_split
-from sslbench.evaluate import evaluation
-from sslbench.evaluate import features, finetune, probe, start
+from sslbench.evaluate import evaluation, features, finetune, probe, start
 from sslbench.files import hashes
 from sslbench.method import get_method, methods
 from sslbench.recipe import dump
@@ -30,7 +29,7 @@ from sslbench.study.printed import paper_tables, plugin_of, protocol_of, read_pa
 from sslbench.study.tables import behind, pretraining_of
 from sslbench.train.job import save_weights
 from sslbench.transfer import job as transfer_job
-from sslbench.transfer import transfer as transfer
+from sslbench.transfer import transfer
 from sslbench.vit import VisionTransformer, get_arch
 
 NUMBERS = [name for name in paper_tables() if not name.endswith("_text")]

@@ -46,6 +46,17 @@ QUICKER = {
 }
 
 
+STUDY = next(b for b in re.findall(r"```text\n(.*?)```", README, re.S) if "knn_mean" in b).splitlines()
+
+
+def test_the_study_that_the_readme_shows_is_the_committed_one(invoke, tmp_path):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    done = invoke("study", "quickstart")
+    said = [line.rstrip() for line in done.stdout.splitlines()]
+    assert done.exit_code == 0 and "39 of them in the ledger" in done.stdout
+    assert [line for line in STUDY if line not in said] == []
+
+
 def test_every_command_of_the_readme_runs_in_order(invoke, few_images, tmp_path):
     assert len(COMMANDS) > 8
     coco = ROOT.parent / "shared" / "data"  # of developers; without it the command says that DIR is no folder
@@ -59,12 +70,17 @@ def test_every_command_of_the_readme_runs_in_order(invoke, few_images, tmp_path)
     maps = own_maps(tmp_path / "maps")
     for probe in ("segprobe", "segknn"):
         QUICKER["sslbench", "eval", probe, "--data", "DIR"] = ["--data", maps, "--set", "science.crop=32"]
+    said = []
     for command in COMMANDS:
         if command == ["sslbench", "quickstart"]:  # test_quickstart.py runs it
             continue
         done = invoke(*command[1:], *QUICKER.get(tuple(command), []))
         expected = 2 if command[1:] in lacking else 0
         assert done.exit_code == expected, (command, done.stderr)
+        said += [line.rstrip() for line in done.stdout.splitlines()]
+    shown = [line for block in re.findall(r"```text\n(.*?)```", README, re.S) for line in block.splitlines()]
+    # What trains is quicker here than in the README, and its numbers are others.
+    assert [line for line in shown if line not in (*STUDY, *said) and not line.startswith("knn_top1")] == []
 
 
 def test_the_two_set_up_commands_are_those_that_ci_runs():
