@@ -187,8 +187,8 @@ class RelativeDecoder(nn.Module):
 def relative_positions(dim: int, grid: tuple[int, int], first: Tensor, second: Tensor) -> Tensor:
     """(B, N, 2 dim): where each patch of the view at `second` lies in the frame of the one at `first`, and how large.
 
-    first, second: (B, 4) as of `views.placed_crop`. The first half is sin-cos of a patch's column and row among those of
-    the other view, which are whole numbers there; the other half of 10 log of the ratio of the views' sides.
+    first, second: (B, 4) as of `views.placed_crop`. The first half is sin-cos of a patch's column and row among those
+    of the other view, which are whole numbers there; the other half of 10 log of the ratio of the views' sides.
     """
     omega = 1e4 ** (-torch.arange(dim // 4, device=first.device).to(first) / (dim // 4))
     places, sizes = [], []

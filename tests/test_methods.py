@@ -102,7 +102,7 @@ def test_after_step_moves_nothing_that_is_trained(name):
 
 @every_method
 def test_what_a_loss_gathers_is_what_the_method_says(name):
-    """What `Batch.of` divides by: features, or their statistics, leave a device where, and only where, the class says."""
+    """What `Batch.of` divides by: features or their statistics leave a device where, and only where, a class says."""
     switches = ({"gather_negatives": on} for on in (True, False))
     for switch in switches if "gather_negatives" in METHODS[name].Config.model_fields else ({},):
         method = make(name, **switch)
