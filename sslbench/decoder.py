@@ -9,16 +9,18 @@ from .vit import Block, VisionTransformer, sincos_positions, take
 
 
 class Decoder(nn.Module):
-    """Visible tokens -> pixels of the masked patches."""
+    """Visible tokens -> pixels of the masked patches, or `out` values of each."""
 
-    def __init__(self, encoder: VisionTransformer, dim: int = 512, depth: int = 8, heads: int = 16) -> None:
+    def __init__(
+        self, encoder: VisionTransformer, dim: int = 512, depth: int = 8, heads: int = 16, out: int | None = None
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(encoder.arch.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, encoder.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pred = nn.Linear(dim, encoder.arch.patch**2 * 3)
+        self.pred = nn.Linear(dim, out or encoder.arch.patch**2 * 3)
 
     def forward(self, tokens: Tensor, order: Tensor, rows: slice | None = None) -> Tensor:
         """tokens (B, 1 + K, D) of the visible patches order[:, :K] -> pixels of the masked ones, (B, N - K, P).

@@ -22,8 +22,8 @@ class BatchNorm(nn.BatchNorm1d):
     Two devices then normalise, and differentiate, as one does with the whole batch (torch's SyncBatchNorm needs a GPU).
     """
 
-    def __init__(self, width: int, affine: bool = True, everywhere: bool = False) -> None:
-        super().__init__(width, affine=affine)
+    def __init__(self, width: int, affine: bool = True, everywhere: bool = False, eps: float = 1e-5) -> None:
+        super().__init__(width, eps=eps, affine=affine)
         self.everywhere = everywhere
 
     def forward(self, input: Tensor) -> Tensor:
@@ -79,9 +79,10 @@ def momentum_copy(module: T) -> T:
 
 @torch.no_grad()
 def ema_(target: nn.Module, source: nn.Module, momentum: float) -> None:
-    """target <- momentum x target + (1 - momentum) x source, parameter by parameter."""
-    mine, theirs = ([p.detach() for p in module.parameters()] for module in (target, source))
-    torch._foreach_lerp_(mine, theirs, 1 - momentum)
+    """target <- momentum x target + (1 - momentum) x source, each parameter of the target, which may lack some."""
+    theirs = dict(source.named_parameters())
+    mine = {name: p.detach() for name, p in target.named_parameters()}
+    torch._foreach_lerp_(list(mine.values()), [theirs[name].detach() for name in mine], 1 - momentum)
 
 
 def cosine_momentum(base: float, progress: float) -> float:

@@ -17,6 +17,8 @@ METHODS = [
     ("ccmim", {"contrast": "official", "divide": "random"}),
     ("ccmim", {"contrast": "align"}),
     ("mocov3", {}),
+    ("siameseim", {}),
+    ("cmae", {"mask_ratio": 0.65, "mask_unit": 2, "two_tau": True}),
 ]
 
 
@@ -92,7 +94,7 @@ def test_info_nce_is_the_cross_entropy_of_cosines():
 # ---------------------------------------------------------------------------------------------- through the command
 
 
-@pytest.mark.parametrize("name", ["asl", "asl dle", "ccmim", "macrl", "mae", "mocov3", "ocl"])
+@pytest.mark.parametrize("name", ["asl", "asl dle", "ccmim", "cmae", "macrl", "mae", "mocov3", "ocl", "siameseim"])
 def test_a_run_in_small_passes_is_the_run_in_one(name, invoke, tiny_arch, tmp_path):
     """The draws too: accumulation, or gradient caching where a loss compares images, changes only the rounding."""
     weights, (name, *branch) = [], name.split()

@@ -67,6 +67,11 @@ CASES = {
     ("ccmim", "align"): {"gather_negatives": True, "contrast": "align"},
     ("mocov3", True): {"gather_negatives": True},
     ("mocov3", False): {"gather_negatives": False},
+    ("siameseim", True): {"gather_negatives": True},
+    ("siameseim", False): {"gather_negatives": False},
+    ("cmae", None): {"contrast_weight": 0.1},  # rounding grows with its weight / tau
+    ("cmae", True): {"gather_negatives": True, "mask_ratio": 0.65, "mask_unit": 2, "two_tau": True},
+    ("cmae", False): {"gather_negatives": False, "contrast_weight": 0.1},
     ("macrl", True): {"gather_negatives": True, "memory_bank": False, "proj_norm": "bn"},
     ("macrl", False): {"gather_negatives": False, "memory_bank": False, "proj_norm": "bn"},
 }

@@ -52,6 +52,19 @@ PRETRAIN = [
        "method.freeze_patch_embed": False, "method.mask_ratio": 0.75, "augment.flip": True,
        "method.views.solarise_p": [0.0, 0.2]})
       for name in MACRL],
+    # SiameseIM's released script, configs/pretrain/dist_sim_base_1600ep.sh, and the defaults of main_pretrain.py.
+    ("siameseim/vit_b16_imagenet", {"epochs": 1600, "optim.warmup_epochs": 40, "optim.lr": 6.25e-5,
+     "optim.betas": [0.9, 0.95], "optim.weight_decay": 0.05, "optim.clip_grad": 1.0, "batch_size": 4096,
+     "augment.crop_scale": [0.08, 1.0], "augment.flip": True, "method.mask_ratio": 0.6, "method.decoder_dim": 768,
+     "method.projector_depth": 2, "method.decoder_depth": 4, "method.negative_weight": 0.02, "method.momentum": 0.995,
+     "method.freeze_patch_embed": True, "method.views.blur_p": [1.0, 0.1], "method.views.solarise_p": [0.0, 0.2]}),
+    # CMAE's released configuration, configs/pre-training/cmae/cmae_vit-base-p16_32xb128-coslr-1600e_in1k.py.
+    ("cmae/vit_b16_imagenet", {"epochs": 1600, "optim.warmup_epochs": 40, "optim.lr": 1.5e-4,
+     "optim.betas": [0.9, 0.95], "optim.weight_decay": 0.05, "batch_size": 4096, "augment.crop_scale": [0.2, 1.0],
+     "augment.flip": True, "method.mask_ratio": 0.65, "method.mask_unit": 2, "method.decoder_dim": 512,
+     "method.decoder_depth": 8, "method.feature_depth": 2, "method.hidden_dim": 1536, "method.projector_dim": 256,
+     "method.tau": 0.07, "method.two_tau": True, "method.contrast_weight": 1.0, "method.momentum": 0.996,
+     "method.shift": 31, "method.target_view.jitter": [0.4, 0.4, 0.4, 0.1], "method.target_view.blur_p": [0.5, 0.5]}),
 ]  # fmt: skip
 
 EVAL = [

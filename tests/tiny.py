@@ -13,6 +13,15 @@ REFERENCE = Arch(patch=16, dim=48, depth=3, heads=3, image=64)  # the goldens'
 SMALL = {  # what keeps a method's heads and decoder small here; all else is its default
     "asl": {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 4},
     "ccmim": {"decoder_dim": 32, "decoder_heads": 4},
+    "cmae": {
+        "decoder_dim": 32,
+        "decoder_depth": 2,
+        "decoder_heads": 4,
+        "feature_depth": 1,
+        "hidden_dim": 64,
+        "projector_dim": 16,
+        "shift": 5,
+    },
     "dino": {
         "prototypes": 32,
         "hidden_dim": 32,
@@ -32,6 +41,13 @@ SMALL = {  # what keeps a method's heads and decoder small here; all else is its
     "mae": {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 4},
     "macrl": {"bank_size": 64, "proj_hidden": 32, "proj_dim": 16, "decoder_dim": 32},
     "mocov3": {"hidden_dim": 64, "projector_dim": 16},
+    "siameseim": {
+        "decoder_dim": 32,
+        "decoder_heads": 4,
+        "projector_depth": 1,
+        "decoder_depth": 2,
+        "smallest_block": 2,
+    },
 }
 
 
