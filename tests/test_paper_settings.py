@@ -52,6 +52,18 @@ PRETRAIN = [
        "method.freeze_patch_embed": False, "method.mask_ratio": 0.75, "augment.flip": True,
        "method.views.solarise_p": [0.0, 0.2]})
       for name in MACRL],
+    # I-JEPA, Appendix A: four targets of scale .15 to .2 and aspect .75 to 1.5, a context of .85 to 1; a batch of
+    # 2,048, a rate of 1e-3 after 15 epochs and 1e-6 at the end, weight decay .04 to .4, momentum .996 to 1; a predictor 384
+    # wide, with the encoder's heads, of 6 blocks for ViT-B/16 and 12 for ViT-L/16; Table 1: 600 epochs. The released
+    # code's configs/in1k_vith14_ep300.yaml.
+    *[(f"ijepa/{arch}_imagenet", {"epochs": epochs, "batch_size": 2048, "peak": 1e-3, "optim.betas": [0.9, 0.999],
+       "optim.warmup_epochs": warmup, "optim.min_lr": 1e-6, "optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4,
+       "augment.crop_scale": [0.3, 1.0], "augment.flip": False, "method.targets": 4, "method.momentum": 0.996,
+       "method.target_scale": [0.15, 0.2], "method.target_aspect": [0.75, 1.5], "method.context_scale": [0.85, 1.0],
+       "method.predictor_dim": 384, "method.predictor_depth": depth, "method.predictor_heads": None,
+       "method.loss": loss})
+      for arch, epochs, warmup, depth, loss in (("vit_b16", 600, 15, 6, "l2"), ("vit_l16", 600, 15, 12, "l2"),
+                                                ("vit_h14", 300, 40, 12, "smooth_l1"))],
 ]  # fmt: skip
 
 EVAL = [
@@ -174,6 +186,7 @@ def _asls_probes():
         ("asl", ["norm_pix_loss", "mask_ratio", "crop", "decoder"]),
         ("ccmim", ["tau", "norm_pix_loss", "Eq. 9", "flip", "warm-up", "predictor", "projector"]),
         ("macrl", ["1.5e-4", "1.5e-3", "0.1", "norm_pix_loss", "projector", "bank_keys", "CutOut", "betas"]),
+        ("ijepa", ["smooth L1", "one draw", "off-by-one", "dropped", "LayerNorm", "CLS", "cosine", "momentum copy"]),
     ],
 )
 def test_the_head_of_a_methods_file_says_what_its_paper_leaves_open(method, words):
