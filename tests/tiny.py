@@ -25,6 +25,7 @@ SMALL = {  # what keeps a method's heads and decoder small here; all else is its
     "mae": {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 4},
     "macrl": {"bank_size": 64, "proj_hidden": 32, "proj_dim": 16, "decoder_dim": 32},
     "mocov3": {"hidden_dim": 64, "projector_dim": 16},
+    "simmim": {"mask_size": 16},
 }
 
 
