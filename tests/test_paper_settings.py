@@ -52,10 +52,10 @@ PRETRAIN = [
        "method.freeze_patch_embed": False, "method.mask_ratio": 0.75, "augment.flip": True,
        "method.views.solarise_p": [0.0, 0.2]})
       for name in MACRL],
-    # I-JEPA, Appendix A: four targets of scale .15 to .2 and aspect .75 to 1.5, a context of .85 to 1; a batch of
-    # 2,048, a rate of 1e-3 after 15 epochs and 1e-6 at the end, weight decay .04 to .4, momentum .996 to 1; a predictor 384
-    # wide, with the encoder's heads, of 6 blocks for ViT-B/16 and 12 for ViT-L/16; Table 1: 600 epochs. The released
-    # code's configs/in1k_vith14_ep300.yaml.
+    # I-JEPA, Appendix A: four targets, scale .15 to .2 and aspect .75 to 1.5, a context of .85 to 1; batches of 2,048,
+    # a rate of 1e-3 after 15 epochs and 1e-6 at the end, weight decay .04 to .4, momentum .996 to 1; a predictor of
+    # width 384 with the encoder's heads, 6 blocks for ViT-B/16 and 12 for ViT-L/16; Table 1: 600 epochs. Of ViT-H/14,
+    # the released code's configs/in1k_vith14_ep300.yaml.
     *[(f"ijepa/{arch}_imagenet", {"epochs": epochs, "batch_size": 2048, "peak": 1e-3, "optim.betas": [0.9, 0.999],
        "optim.warmup_epochs": warmup, "optim.min_lr": 1e-6, "optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4,
        "augment.crop_scale": [0.3, 1.0], "augment.flip": False, "method.targets": 4, "method.momentum": 0.996,
