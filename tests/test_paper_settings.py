@@ -65,6 +65,23 @@ PRETRAIN = [
      "method.decoder_depth": 8, "method.feature_depth": 2, "method.hidden_dim": 1536, "method.projector_dim": 256,
      "method.tau": 0.07, "method.two_tau": True, "method.contrast_weight": 1.0, "method.momentum": 0.996,
      "method.shift": 31, "method.target_view.jitter": [0.4, 0.4, 0.4, 0.1], "method.target_view.blur_p": [0.5, 0.5]}),
+    # I-JEPA, Appendix A: four targets, scale .15 to .2 and aspect .75 to 1.5, a context of .85 to 1; batches of 2,048,
+    # a rate of 1e-3 after 15 epochs and 1e-6 at the end, weight decay .04 to .4, momentum .996 to 1; a predictor of
+    # width 384 with the encoder's heads, 6 blocks for ViT-B/16 and 12 for ViT-L/16; Table 1: 600 epochs. Of ViT-H/14,
+    # the released code's configs/in1k_vith14_ep300.yaml.
+    *[(f"ijepa/{arch}_imagenet", {"epochs": epochs, "batch_size": 2048, "peak": 1e-3, "optim.betas": [0.9, 0.999],
+       "optim.warmup_epochs": warmup, "optim.min_lr": 1e-6, "optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4,
+       "augment.crop_scale": [0.3, 1.0], "augment.flip": False, "method.targets": 4, "method.momentum": 0.996,
+       "method.target_scale": [0.15, 0.2], "method.target_aspect": [0.75, 1.5], "method.context_scale": [0.85, 1.0],
+       "method.predictor_dim": 384, "method.predictor_depth": depth, "method.predictor_heads": None,
+       "method.loss": loss})
+      for arch, epochs, warmup, depth, loss in (("vit_b16", 600, 15, 6, "l2"), ("vit_l16", 600, 15, 12, "l2"),
+                                                ("vit_h14", 300, 40, 12, "smooth_l1"))],
+    # SimMIM, section 3: units of 32 pixels, 60 % masked. The released code's configs/vit_base__800ep and config.py,
+    # whose rates are for 512 images, and the crops of its data_simmim.py.
+    ("simmim/vit_b16_imagenet", {"epochs": 800, "batch_size": 2048, "peak": 4e-4, "optim.betas": [0.9, 0.999],
+     "optim.warmup_epochs": 10, "optim.weight_decay": 0.05, "optim.clip_grad": 5.0, "augment.crop_scale": [0.67, 1.0],
+     "augment.flip": True, "method.mask_size": 32, "method.mask_ratio": 0.6}),
 ]  # fmt: skip
 
 EVAL = [
@@ -187,6 +204,8 @@ def _asls_probes():
         ("asl", ["norm_pix_loss", "mask_ratio", "crop", "decoder"]),
         ("ccmim", ["tau", "norm_pix_loss", "Eq. 9", "flip", "warm-up", "predictor", "projector"]),
         ("macrl", ["1.5e-4", "1.5e-3", "0.1", "norm_pix_loss", "projector", "bank_keys", "CutOut", "betas"]),
+        ("ijepa", ["smooth L1", "one draw", "off-by-one", "dropped", "LayerNorm", "CLS", "cosine", "momentum copy"]),
+        ("simmim", ["relative positions", "LayerScale", "drop path", "bias of keys", "1e-5", "epoch 700"]),
     ],
 )
 def test_the_head_of_a_methods_file_says_what_its_paper_leaves_open(method, words):
