@@ -59,7 +59,6 @@ class CMAEConfig(MethodConfig):
 class CMAE(Method):
     Config = CMAEConfig
     presets = {"paper": {}, "official": {"mask_ratio": 0.65, "mask_unit": 2, "two_tau": True}}
-    hybrid = True
     crops = 1
     couples_batch = True
     compared = ("feature", "target_feature")

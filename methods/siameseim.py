@@ -52,7 +52,6 @@ class SiameseIMConfig(MethodConfig):
 
 class SiameseIM(Method):
     Config = SiameseIMConfig
-    hybrid = True
     crops = 2
     couples_batch = True
     compared = ("x1", "x2", "seen", "places")

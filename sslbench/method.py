@@ -41,7 +41,7 @@ class Method(Trainable):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {}}
-    hybrid: ClassVar[bool] = False  # whether it joins masked images and contrast; what does not is a control
+    hybrid: ClassVar[bool] = False  # one of the four that the suite is about; all others are controls
     crops: ClassVar[int] = 1  # random crops of an image that build_views takes
     couples_batch: ClassVar[bool] = False  # True: the loss compares images of a batch, so its size is science
     compared: ClassVar[tuple[str, ...]] = ()  # entries of `embed` that `compare` reads; () where forward is one piece
