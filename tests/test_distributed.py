@@ -34,8 +34,8 @@ def train(out, world, strategy, names, rank=None, port=0):
         os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ARCHS["tiny"] = Arch(patch=8, dim=48, depth=2, heads=3, image=32)
     for name in names:
-        sets = ["science.arch=tiny", "science.data.image_size=32", "science.batch_size=16", "science.epochs=0.08",
-                "machine.precision=32", "machine.tensorboard=false", "machine.log_every=1", "machine.save_every=10"]
+        sets = ["science.arch=tiny", "science.data.image_size=32", "science.batch_size=16", "science.epochs=0.048",
+                "machine.precision=32", "machine.tensorboard=false", "machine.log_every=1", "machine.save_every=6"]
         if name == "ocl":
             sets += ["science.method.gather_negatives=true", "science.optim.clip_grad=0.5"]
         if name == "mocov3":  # BatchNorm of features that are still much alike magnifies rounding: smaller steps
@@ -67,9 +67,9 @@ RESUMED = {"2": [("1", "ocl"), ("4", "ocl"), ("4", "macrl"), ("fsdp", "ocl")], "
 
 
 def rewound(run, folder):
-    """A copy as it was after 10 of the 20 steps."""
+    """A copy as it was after 6 of the 12 steps."""
     shutil.copytree(run, folder)
-    for path in (folder / "weights.safetensors", *folder.glob("checkpoints/step_000000020.*")):
+    for path in (folder / "weights.safetensors", *folder.glob("checkpoints/step_000000012.*")):
         path.unlink()
     info = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**info, "status": "running"}))
@@ -77,8 +77,8 @@ def rewound(run, folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, environment):
-    """WORLD/METHOD: runs of 20 steps, negatives gathered; fsdp: of 2 processes that shard. resumedWORLD/METHOD: what 2
-    processes saved after 10 of them, finished by WORLD; what 1 finishes of MACRL, these 2 sharded."""
+    """WORLD/METHOD: runs of 12 steps, negatives gathered; fsdp: of 2 processes that shard. resumedWORLD/METHOD: what 2
+    processes saved after 6 of them, finished by WORLD; what 1 finishes of MACRL, these 2 sharded."""
     home = tmp_path_factory.mktemp("distributed")
     (home / "train.py").write_text(TRAIN)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -114,7 +114,7 @@ def test_one_two_and_four_processes_end_with_the_same_weights(name, trained):
     if name in SHARDED:
         assert "strategy: fsdp" in (folders[3] / "recipe.yaml").read_text()
     logs = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
-    assert len(logs[0]) == 20
+    assert len(logs[0]) == 12
     for steps in zip(*logs, strict=True):
         for key in ("loss", "grad_norm"):  # Adam's weights do not show a gradient of another size
             assert [s[key] for s in steps] == pytest.approx([steps[0][key]] * len(folders), rel=1e-3), steps[0]["step"]
@@ -124,7 +124,7 @@ def test_one_two_and_four_processes_end_with_the_same_weights(name, trained):
 def test_what_two_processes_saved_one_or_four_finish_sharded_or_not(to, name, trained):
     folder, world = trained / f"resumed{to}" / name, 2 if to == "fsdp" else int(to)
     info = json.loads((folder / "run.json").read_text())
-    assert (info["status"], info["step"], info["resumed"], info["hardware"]["devices"]) == ("finished", 20, 1, world)
+    assert (info["status"], info["step"], info["resumed"], info["hardware"]["devices"]) == ("finished", 12, 1, world)
     same(trained / "2" / name, folder, name)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from tiny import METHODS, TINY, make, step
+from tiny import METHODS, SMALL, TINY, make, step
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
@@ -43,7 +43,7 @@ def test_a_compiled_method_is_one_graph_and_stays_it(name):
 def test_no_step_waits_for_the_device(name, tiny_arch, tmp_path):
     """Of the loop itself, four steps; between the first and the third update no log step comes to read anything."""
     sets = ["science.batch_size=16", "science.epochs=0.016", "machine.tensorboard=false", "machine.precision=32"]
-    sets += tiny_arch[1::2]
+    sets += [*tiny_arch[1::2], *(f"science.method.{key}={value}" for key, value in SMALL.get(name, {}).items())]
     recipe = compose(name, recipe=f"{name}_smoke", sets=[*sets, "machine.log_every=1000", "machine.save_every=1000"])
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         pretrain(recipe, tmp_path / "run", Console(quiet=True), progress=False)
