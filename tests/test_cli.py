@@ -29,6 +29,7 @@ from sslbench.train.build import build
 from sslbench.train.meter import Metrics, read_metrics
 
 METHODS = list(methods())
+BENCHED = ["mae", "mocov3", "ocl"]  # each in a process of its own: seconds of start-up
 SMOKE = ["--recipe", "ocl_smoke", "--set", "machine.tensorboard=false"]
 
 
@@ -126,12 +127,12 @@ def test_report_list_doctor_and_data_check(trained, invoke, monkeypatch):
     assert invoke("data", "list").exit_code == 0
 
 
-def test_bench_measures_every_method_against_the_matmul_peak_each_with_its_own_memory(run_sslbench, tmp_path):
-    done = run_sslbench("bench", *METHODS, "ocl", "--arch", "vit_mini4", "--batch-size", "16", "--seconds", "0.1",
+def test_bench_measures_methods_against_the_matmul_peak_each_with_its_own_memory(run_sslbench, tmp_path):
+    done = run_sslbench("bench", *BENCHED, "ocl", "--arch", "vit_mini4", "--batch-size", "16", "--seconds", "0.1",
                         "--json", home=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = last_json(done)["rows"]
-    assert [row["method"] for row in rows] == [*METHODS, "ocl"]
+    assert [row["method"] for row in rows] == [*BENCHED, "ocl"]
     for row in rows:
         assert row["images_per_s"] > 1 and 0.01 < row["matmul_share"] < 1.1 and row["peak_memory_gib"] > 0.1
     memory = {row["method"]: row["peak_memory_gib"] for row in rows[:-1]}
