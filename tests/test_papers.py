@@ -343,7 +343,8 @@ def test_missing_commands_train_a_tables_rows_alike_and_say_where_the_paper_cont
     assert "Tables 7 to 9 say 800" in console.file.getvalue()
     for table in ("asl_t1", "asl_t2"):
         recipes = [_recipe(x["pretrain"]) for x in missing([table], [], console)]
-        assert {r.science.batch_size for r in recipes} == {4096}, table
+        alike = [r for r in recipes if r.method != "ibot"]  # whose batch there nobody says: its own
+        assert len(alike) > 1 and {r.science.batch_size for r in alike} == {4096}, table
 
 
 def _recipe(command):
