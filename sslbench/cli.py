@@ -86,10 +86,10 @@ app = typer.Typer(
 )
 START = """Compare self-supervised methods for Vision Transformers. To start with:
 
-  sslbench quickstart                             six methods on built-in images, in five minutes
-  sslbench pretrain mae --data builtin --epochs 1 train one; the same command resumes
-  sslbench eval knn                               measure the newest run
-  sslbench report                                 all that was measured, as a page
+  sslbench quickstart                 six methods on built-in images, 5 minutes
+  sslbench pretrain mae --data builtin  one method; the same command resumes
+  sslbench eval knn                   measure the newest run
+  sslbench report                     all that was measured, as a page
 
 sslbench --help lists all commands, and sslbench COMMAND --help what each takes."""
 
