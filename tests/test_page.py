@@ -55,7 +55,7 @@ def test_a_number_leads_to_all_that_is_behind_it_said_once(whole):
 
 def test_a_papers_table_opens_with_how_much_of_it_is_measured(whole):
     page, _ = whole
-    assert 'none">0 of 14 measured</b> ocl_t6' in page and 'none">none to measure</b> ocl_t1' in page
+    assert 'none">0 of 23 measured</b> ocl_t6' in page and 'none">none to measure</b> ocl_t1' in page
     assert "<details open><summary><b" not in page
 
 

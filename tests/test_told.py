@@ -66,7 +66,7 @@ def test_a_methods_name_in_any_case_is_that_method_and_its_feature_is_read(tmp_p
     file = a_file(tmp_path)
     subject = open_subject(file, told=tell("ccMIM", "imagenet", 300))
     assert (subject.method, subject.pool) == ("ccmim", "mean")
-    assert open_subject(file, told=tell("iBOT", None, None)).method == "iBOT"
+    assert open_subject(file, told=tell("BEiT", None, None)).method == "BEiT"
     assert open_subject(file, told=tell("mae", None, None)).pool == "cls"
 
 

@@ -190,6 +190,8 @@ WORDS = {
     "group": "the patches of one group, which is encoded without the others",
     "importance": "the score of each patch by which the method divides them",
     "view": "a random view, as in training",
+    "context": "the patches that the encoder sees, grey elsewhere",
+    "target": "the patches whose features are to be predicted, grey elsewhere",
 }
 
 

@@ -137,7 +137,7 @@ def _public(line: Any, evaluation: PrintedEvaluation, records: list[Record]) -> 
     """Of public weights, one file's, whose method, arch, data and epochs are those printed, under its protocol."""
     if paper_rows(f"{line['paper']}_{line['table']}") or _keys(line["condition"]) - DESCRIBES or not line["epochs"]:
         return []  # a row whose settings no such weights are known to have
-    printed = (line["method"].casefold(), line["arch"], line["pretrain_data"].replace("_", "-"), line["epochs"])
+    printed = (line["method"].casefold(), line["arch"], line["pretrain_data"].replace("_", "-"), epochs_of(line))
     own = get_method(plugin_of(line)).pool if plugin_of(line) in methods() else None
     side = ARCHS[line["arch"]].image if line["arch"] in ARCHS else 0
     its = []
