@@ -107,7 +107,7 @@ def eval_recipe(kind: str, name: str | None = None, sets: list[str] | None = Non
     tree = merge(read_tree(path, "eval"), parse_sets(sets or []))
     recipe = validate(EvalRecipe, {**tree, "name": path.stem}, path.stem)
     if isinstance(recipe.science, Function):
-        recipe.name = recipe.science.name
+        recipe.name = recipe.science.name or recipe.name
     shorten_warmup(recipe.science, parse_sets(sets or []).get("science", {}))
     if recipe.science.protocol.removesuffix("_augmented") != kind:
         raise UserError(f"recipe {path.stem} is of protocol {recipe.science.protocol}, not {kind}")
