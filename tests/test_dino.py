@@ -2,21 +2,9 @@
 
 import pytest
 import torch
-from tiny import REFERENCE, generator, gradient_norm, images, make, step
+from tiny import REFERENCE, generator, gradient_norm, images, make, step, thousandths
 
 from sslbench.siamese import Centre, PrototypeHead
-
-
-def thousandths(method, seed=3):
-    """The method with weights that are drawn alike on any machine."""
-    dice = generator(seed)
-    drawn = {
-        key: torch.randint(-200, 201, x.shape, generator=dice).float() / 1000
-        for key, x in method.state_dict().items()
-        if x.is_floating_point() and x.unique().numel() > 1 and "pos_embed" not in key
-    }
-    method.load_state_dict(drawn, strict=False)
-    return dice
 
 
 def test_it_gives_the_released_codes_loss_gradient_and_centre():

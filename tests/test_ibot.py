@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_dino import thousandths
-from tiny import REFERENCE, generator, gradient_norm, images, make
+from tiny import REFERENCE, generator, gradient_norm, images, make, thousandths
 
 from sslbench.vit import Arch
 

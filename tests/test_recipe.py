@@ -176,3 +176,10 @@ def test_a_method_by_its_path_is_hashed_and_named_as_by_its_name():
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(UserError, match="ocl/vit_l16_imagenet"):
         find_recipe("ocl/vit_l16_imagnet")
+
+
+def test_a_weight_decay_that_ends_somewhere_begins_above_zero():
+    ends = ["science.optim.weight_decay_end=0.4"]
+    assert compose("mae", sets=ends).science.optim.weight_decay_end == 0.4
+    with pytest.raises(UserError, match="set that above 0, where it begins"):
+        compose("mae", sets=[*ends, "science.optim.weight_decay=0"])

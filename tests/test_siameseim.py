@@ -4,8 +4,7 @@ import sys
 
 import pytest
 import torch
-from test_dino import thousandths
-from tiny import METHODS, REFERENCE, generator, gradient_norm, images, make, step
+from tiny import METHODS, REFERENCE, generator, gradient_norm, images, make, step, thousandths
 
 from sslbench.views import Crop, TwoViews, denormalise
 from sslbench.vit import sincos_positions

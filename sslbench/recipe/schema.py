@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from ..data import data_name
 from ..files import digest
@@ -33,6 +33,12 @@ class Optim(Strict):
     warmup_epochs: float = Field(40, ge=0)
     min_lr: float = Field(0.0, ge=0)  # where the cosine ends
     clip_grad: float | None = Field(None, gt=0)  # largest gradient norm; None: no clipping
+
+    @model_validator(mode="after")
+    def _decays(self) -> Optim:
+        if self.weight_decay_end is not None and not self.weight_decay:
+            raise ValueError("weight_decay_end is where weight_decay goes to: set that above 0, where it begins")
+        return self
 
 
 # 800 and 800.0 are one number, and so one hash.
