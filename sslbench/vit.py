@@ -1,4 +1,4 @@
-"""The one Vision Transformer, over timm's blocks and under timm's parameter names.
+"""The one Vision Transformer, under timm's parameter names.
 
 Layout and initialisation are MAE's (He et al. 2022): fixed 2-D sin-cos positions whose first half of the
 channels encodes x, pre-norm blocks with LayerNorm eps 1e-6, qkv bias, exact GELU, no dropout.
@@ -10,12 +10,9 @@ import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
-from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -246,28 +243,61 @@ class RelativeTable(nn.Module):
         return torch.cat([top, torch.cat([key.expand(-1, -1, n, 1), bias], dim=3)], dim=2)
 
 
-class Block(timm_vit.Block):
-    """timm's pre-norm block, parameter for parameter: LayerNorm eps 1e-6, qkv bias, an MLP four times as wide."""
+class Attention(nn.Module):
+    """The parameters of multi-head self-attention, D = `heads` x the width of one; `Block` does the arithmetic."""
 
     def __init__(self, dim: int, heads: int) -> None:
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        super().__init__(dim, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
+        super().__init__()
+        self.num_heads, self.scale = heads, (dim // heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PatchEmbed(nn.Module):
+    """The convolution that embeds patches, which `VisionTransformer.tokens` computes as a matrix product."""
+
+    def __init__(self, patch: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
+
+
+class Block(nn.Module):
+    """timm's pre-norm block, parameter for parameter: LayerNorm eps 1e-6, qkv bias, an MLP four times as wide.
+
+    Not timm's class: to import that takes as long as to import torch, at every start of every command.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path1: nn.Module = nn.Identity()  # stochastic depth's place, in fine-tuning
+        self.drop_path2: nn.Module = nn.Identity()
         self.relative: RelativeTable | None = None
 
     def position_bias(self, rows: slice | None = None) -> Tensor | None:
         """Of the scores, (1, heads, T, T), its `rows`; None where the block has no relative positions."""
         return None if self.relative is None else self.relative()[:, :, rows or slice(None)]
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, rows: slice | None = None, bias: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rows: slice | None = None, bias: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), or its `rows` at the cost of those: only they are queries and see the MLP.
 
         For a last block of which few rows are read: with CLS alone, five sixths of the block's work is saved.
         bias: of the scores, (B, 1, 1, T), -inf where a token is not to be seen; of a block without relative positions.
         """
-        attn: Any = self.attn
-        d = x.shape[-1]
+        attn, d = self.attn, x.shape[-1]
         y = self.norm1(x)
         if rows is None:
             q, k, v = attn.qkv(y).chunk(3, dim=-1)
@@ -301,7 +331,7 @@ class VisionTransformer(nn.Module):
         self.arch, self.image, self.parts = arch, size, parts
         self.grid = (size[0] // arch.patch, size[1] // arch.patch)
         self.n_patches = self.grid[0] * self.grid[1]
-        self.patch_embed = PatchEmbed(size, arch.patch, 3, arch.dim)
+        self.patch_embed = PatchEmbed(arch.patch, arch.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, arch.dim))
         self.pos_embed = nn.Parameter(sincos_positions(arch.dim, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(arch.dim, arch.heads) for _ in range(arch.depth))
@@ -355,7 +385,7 @@ class VisionTransformer(nn.Module):
             if keep.ndim == 3:
                 groups, keep = keep.shape[1], keep.flatten(1)
             patches, positions = take(patches, keep), take(positions, keep)
-        # The convolution of timm's PatchEmbed, as the matrix product it is: (D, C, p, p) -> (D, p * p * C).
+        # PatchEmbed's convolution, as the matrix product it is: (D, C, p, p) -> (D, p * p * C).
         conv = self.patch_embed.proj
         x = F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
         x = (x if gain is None else x * gain) + positions

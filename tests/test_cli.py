@@ -446,6 +446,7 @@ def test_two_processes_train_as_the_recipe_says(run_sslbench, tmp_path):
     assert run["hardware"]["devices"] == 2 and run["cost"]["images_seen"] == 15 * 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "epochs", "batch"), [("ocl", 0.1, 64), ("macrl", 0.04, 32)])
 def test_bf16_on_a_cpu_follows_float32(name, epochs, batch, invoke, tmp_path):
     def losses(precision):

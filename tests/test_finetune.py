@@ -309,6 +309,7 @@ def class_folders(root, names, per_class=6):
     return root
 
 
+@pytest.mark.slow
 def test_from_pre_training_through_fine_tuning_to_robustness(run_here, tmp_path):
     """The newest run is found at each step, and the last number knows the first run and all that was spent."""
     pretrained = run_here("pretrain", "mae", "--recipe", "mae_smoke", "--data", "builtin", "--json", home=tmp_path)

@@ -19,9 +19,9 @@ from sslbench.data import open_split, sources, subset
 from sslbench.errors import RunFailed
 from sslbench.evaluate import features
 from sslbench.evaluate.features import contents, extract, open_subject
-from sslbench.files import tensors_sha256, write_weights
 from sslbench.report.equal import equal
 from sslbench.report.tables import tables
+from sslbench.weights import tensors_sha256, write_weights
 
 SMOKE = ["pretrain", "mae", "--recipe", "mae_smoke", "--set", "machine.tensorboard=false", "--batch-size", "128"]
 TUNE = ["--recipe", "finetune_smoke", "--set", "science.auto_augment=null", "--set", "science.batch_size=250"]

@@ -102,6 +102,7 @@ def test_without_submitit_or_a_cluster_it_says_what_is_missing(invoke, monkeypat
     assert done.exit_code == 2 and "pip install 'sslbench[slurm]'" in done.stderr, done.output
 
 
+@pytest.mark.slow
 def test_a_study_is_an_array_of_jobs_whose_numbers_the_same_command_finds(cluster, invoke, environment):
     rows = ["--rows", "mae,ocl", "--data", "builtin", "--budget", "64images", "--set", "science.data.image_size=16"]
     sent = invoke("study", *rows, "--slurm", OPTIONS, "--json")

@@ -18,7 +18,6 @@ from sslbench.evaluate.evaluation import eval_recipe, evaluate
 from sslbench.evaluate.features import open_subject
 from sslbench.evaluate.finetune import Classifier, Finetune, load_classifier, resized
 from sslbench.evaluate.told import TIMM, Told, both, of_timm, tell
-from sslbench.files import write_weights
 from sslbench.recipe import Augment
 from sslbench.report.compare import compare
 from sslbench.report.page import write_page
@@ -28,6 +27,7 @@ from sslbench.report.tables import tables
 from sslbench.train.optim import layer_groups
 from sslbench.transfer.protocol import Encoder, check_encoder
 from sslbench.vit import ARCHS, Arch, Parts, VisionTransformer, rebuilt_positions, sincos_positions
+from sslbench.weights import write_weights
 
 MAE = ["--as", "mae", "--pretrained-on", "imagenet", "--epochs", "1600"]
 KNN = ["--data", "builtin", "--set", "science.k=[5]", "--set", "science.main_k=5"]

@@ -1,5 +1,7 @@
 """The one ViT: timm's weights, MAE's positions, and tokens that are embedded only where they are kept."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import timm
@@ -67,7 +69,7 @@ def test_resampling_positions_is_bicubic_and_keeps_cls(new):
 def test_a_kept_token_is_the_token_of_the_whole_image():
     vit, images = small(), torch.randn(3, 3, 16, 16)
     whole = vit.tokens(images)
-    conv = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+    conv = vit.patch_embed.proj(images).flatten(2).mT + vit.pos_embed[:, 1:]
     torch.testing.assert_close(whole[:, 1:], conv, atol=1e-5, rtol=1e-5)
     keep = torch.stack([torch.randperm(16)[:6] for _ in range(3)])
     some = vit.tokens(images, keep)
@@ -79,23 +81,28 @@ def test_a_kept_token_is_the_token_of_the_whole_image():
     torch.testing.assert_close(groups[:, 0], whole[:1, 0].expand(6, -1))
 
 
-def same_gradients(a: torch.Tensor, b: torch.Tensor, of: list[torch.Tensor], **tolerance: float):
-    of_a, of_b = (torch.autograd.grad(x.square().sum(), of) for x in (a, b))
-    for g, h in zip(of_a, of_b, strict=True):
+def same_gradients(a: torch.Tensor, b: torch.Tensor, of: list[torch.Tensor], of_b=None, **tolerance: float):
+    mine, theirs = (torch.autograd.grad(x.square().sum(), o) for x, o in ((a, of), (b, of_b or of)))
+    for g, h in zip(mine, theirs, strict=True):
         torch.testing.assert_close(g, h, **tolerance)
 
 
 def test_a_block_is_timms_and_its_rows_are_the_blocks_rows_in_value_and_gradient():
     block = small().blocks[0].train()
-    block.drop_path1, block.drop_path2 = DropPath(0.5), DropPath(0.2)
+    theirs = timm_vit.Block(192, 3, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)).train()
+    theirs.load_state_dict(block.state_dict())
+    for b in (block, theirs):
+        b.drop_path1, b.drop_path2 = DropPath(0.5), DropPath(0.2)
     x = torch.randn(8, 9, 192, requires_grad=True)
     for rows in (None, slice(0, 1), slice(4, None)):
         torch.manual_seed(1)
-        a = timm_vit.Block.forward(block, x)[:, rows or slice(None)]
+        a = theirs(x)[:, rows or slice(None)]
         torch.manual_seed(1)
         b = block(x, rows)
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-        same_gradients(a, b, [x, *block.parameters()], atol=1e-3, rtol=1e-4)
+        named = dict(theirs.named_parameters())
+        of_a, of_b = ([x, *(p[name] for name in named)] for p in (named, dict(block.named_parameters())))
+        same_gradients(a, b, of_a, of_b, atol=1e-3, rtol=1e-4)
 
 
 def test_attention_in_bf16_is_the_fused_kernels_to_the_rounding_in_value_and_gradient():

@@ -12,10 +12,11 @@ from .. import ledger
 from ..errors import UserError
 from ..evaluate.features import Subject, open_subject
 from ..evaluate.hugging_face import CARD, FILES, write_folder
-from ..files import write_atomically, write_weights
+from ..files import write_atomically
 from ..report.card import card
 from ..report.tables import UNTRAINED
 from ..vit import PLAIN
+from ..weights import write_weights
 
 FORMATS = ("timm", "safetensors", "hf")
 

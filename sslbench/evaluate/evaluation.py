@@ -14,7 +14,7 @@ from ..data import ImageSet, open_both, open_split, open_test, used_classes
 from ..data.loader import held_out
 from ..device import default_device
 from ..errors import UserError
-from ..files import check_weights, digest, hashes, write_json
+from ..files import digest, write_json
 from ..knn import knn_right
 from ..ledger import Measured, Measurement, Record, checked, to_ledger
 from ..paths import home
@@ -27,6 +27,7 @@ from ..train.launch import launched, leave_the_others, leave_to_first
 from ..train.loop import fit
 from ..train.run import read_run
 from ..views import CropScale
+from ..weights import check_weights, hashes
 from .attentive import Attentive, AttentiveJob
 from .features import Subject, contents, extract, find_weights, fine_tuned, newest_run, open_subject, view_of
 from .finetune import Finetune, FinetuneJob, load_classifier, predict

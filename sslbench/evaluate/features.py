@@ -22,7 +22,7 @@ from ..data import ImageSet
 from ..data.images import MemoryImages
 from ..data.loader import evaluation_batches, has_smaller, seed_of
 from ..errors import UserError
-from ..files import check_weights, digest, not_finite, tensors_sha256, write_atomically
+from ..files import digest, write_atomically
 from ..method import get_method, methods
 from ..paths import home
 from ..provenance import cores
@@ -30,6 +30,7 @@ from ..recipe import Augment, load_yaml
 from ..train.run import milestone, read_run, read_science
 from ..views import VIEW, normalise
 from ..vit import VisionTransformer, get_arch, initialise
+from ..weights import check_weights, not_finite, tensors_sha256
 from . import public
 from .told import NOTHING, PUBLIC, Told, both, of_timm
 

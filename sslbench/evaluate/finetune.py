@@ -26,13 +26,13 @@ from ..data import ImageSet
 from ..data.loader import evaluation_batches, host_seed
 from ..draws import numbered, rand, seed_of
 from ..errors import UserError
-from ..files import write_weights
 from ..method import Method
 from ..recipe import Augment, Batch, Epochs, Optim
 from ..strict import Strict
 from ..train.optim import adamw, layer_groups
 from ..views import cut_out, normalise, one_view
 from ..vit import VisionTransformer, get_arch, parts_of, pool_tokens, resample_positions
+from ..weights import write_weights
 from .features import Subject, read_safetensors
 from .job import LabelledJob
 from .labels import LabelShare

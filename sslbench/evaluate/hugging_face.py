@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_json, write_weights
+from ..files import write_json
 from ..recipe.settings import look
 from ..views import centre_window
 from ..vit import PLAIN, VisionTransformer
+from ..weights import write_weights
 from .features import Subject
 
 WEIGHTS, CONFIG, PROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"

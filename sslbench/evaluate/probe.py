@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..data import ImageSet, subset
 from ..data.loader import evaluation_batches, seed_of
 from ..errors import UserError
-from ..files import write_weights
 from ..method import Method
 from ..recipe import Augment, Batch, Epochs, Optim
 from ..siamese import BatchNorm
@@ -27,6 +26,7 @@ from ..strict import Strict
 from ..train.optim import Lars
 from ..views import normalise, one_view
 from ..vit import VisionTransformer
+from ..weights import write_weights
 from .features import Subject, read_safetensors
 from .job import LabelledJob
 from .labels import LabelShare

@@ -10,13 +10,13 @@ from rich.console import Console
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import tensors_sha256
 from ..recipe import Recipe
 from ..train.build import build
 from ..train.job import Pretraining
 from ..train.loop import fit
 from ..train.start import Start
 from ..vit import PLAIN, get_arch
+from ..weights import tensors_sha256
 from . import public
 from .features import Subject, find_weights, open_subject
 

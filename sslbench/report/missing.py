@@ -8,10 +8,9 @@ from rich.console import Console
 
 from ..data import known_size
 from ..device import SHARE, device_hours
-from ..files import digest
 from ..ledger import Record
 from ..method import get_method
-from ..recipe import Recipe, length
+from ..recipe import length
 from ..study.printed import epochs_contradicted, evaluation_of, paper_tables, read_paper
 from ..study.tables import Pretraining, pretraining_of
 from ..train.build import flops_per_image
@@ -20,7 +19,6 @@ from .papers import contradiction, measured_for
 from .tables import newest
 
 YARDSTICK = "A100"
-_counted: dict[str, float] = {}  # FLOPs of an image, by what they depend on
 
 
 def missing(names: list[str], records: list[Record], console: Console) -> list[dict[str, Any]]:
@@ -83,15 +81,6 @@ def _entry(table: str, run: Pretraining) -> dict[str, Any]:
     }
     s = run.recipe.science
     if not run.ablation and known_size(s.data.spec) is not None:
-        entry["flops"] = _flops(run.recipe) * length(run.recipe)[2] * s.batch_size
+        entry["flops"] = flops_per_image(run.recipe) * length(run.recipe)[2] * s.batch_size
         entry["device_hours"] = device_hours(entry["flops"], YARDSTICK)
     return entry
-
-
-def _flops(recipe: Recipe) -> float:
-    """flops_per_image, counted once: many tables ask for the same."""
-    s = recipe.science
-    key = digest([s.method, s.arch, s.data.image_size])
-    if key not in _counted:
-        _counted[key] = flops_per_image(recipe)
-    return _counted[key]

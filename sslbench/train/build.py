@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..errors import UserError
+from ..files import digest
 from ..method import Method, get_method
 from ..recipe import Recipe
 from ..vit import VisionTransformer, get_arch
@@ -16,6 +17,8 @@ CPU_ATTENTION = {  # which torch's counter knows on GPUs only
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
+
+_counted: dict[str, float] = {}  # FLOPs of an image, by what they depend on
 
 
 def build(recipe: Recipe) -> Method:
@@ -31,7 +34,18 @@ def build(recipe: Recipe) -> Method:
 
 
 def flops_per_image(recipe: Recipe) -> float:
-    """Multiply-adds x 2 of one image's training step, forward and backward, counted on shapes: it computes nothing."""
+    """Multiply-adds x 2 of one image's training step, forward and backward, counted on shapes: it computes nothing.
+
+    Counted once a process, which takes a ViT-B seconds: a study asks for each row, and a report for each line.
+    """
+    science = recipe.science
+    key = digest([science.method, science.arch, science.data.image_size])
+    if key not in _counted:
+        _counted[key] = _count(recipe)
+    return _counted[key]
+
+
+def _count(recipe: Recipe) -> float:
     with torch.device("meta"):
         method = build(recipe)
     n, side = 2, recipe.science.data.image_size or 0

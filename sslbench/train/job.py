@@ -15,9 +15,9 @@ from pydantic import BaseModel
 
 from ..data import ImageSet, data_name, open_split
 from ..data.loader import MicroBatches
-from ..files import write_weights
 from ..method import Method, get_method
 from ..recipe import Batch, Machine, Optim, Recipe
+from ..weights import write_weights
 from .build import build, flops_per_image
 from .diagnose import CollapseMeters
 from .optim import adamw, learning_rate, weight_decay

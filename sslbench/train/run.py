@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import provenance
 from ..errors import RunFailed, UserError
-from ..files import hashes, write_atomically, write_json
+from ..files import write_atomically, write_json
 from ..recipe import Batch, Machine, dump, load_yaml
+from ..weights import hashes
 from .build import CPU_ATTENTION
 from .job import Batches, Job, on
 from .shard import whole_moments, whole_weights

@@ -72,8 +72,7 @@ class Backbone(nn.Module):
         for i, block in enumerate(blocks):
             rate = config.drop_path * i / max(1, arch.depth - 1)
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-            if config.layer_scale is not None:
-                block.ls1, block.ls2 = (LayerScale(arch.dim, config.layer_scale) for _ in range(2))
+            block.ls1, block.ls2 = (_layer_scale(arch.dim, config.layer_scale) for _ in range(2))
 
     def _relative(self, heads: int, head_dim: int, grid: Grid) -> None:
         kind, blocks = self.config.relative_positions, list(self.blocks)
@@ -108,6 +107,10 @@ class Backbone(nn.Module):
                 patches = x if self.cls_token is None else x[:, 1:]
                 maps[i] = patches.transpose(1, 2).unflatten(2, grid).contiguous()
         return tuple(maps[i] for i in self.taps)
+
+
+def _layer_scale(dim: int, start: float | None) -> nn.Module:
+    return nn.Identity() if start is None else LayerScale(dim, start)
 
 
 def run_block(block: Any, x: Tensor, grid: Grid, window: int | None, bias: Tensor | None) -> Tensor:

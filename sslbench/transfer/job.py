@@ -23,12 +23,13 @@ from ..data.loader import seed_of
 from ..device import default_device
 from ..errors import UserError
 from ..evaluate.features import Subject
-from ..files import digest, write_weights
+from ..files import digest
 from ..method import Trainable
 from ..recipe import Batch
 from ..train.job import Batches, Job
 from ..train.optim import layer_groups
 from ..vit import RelativeTable
+from ..weights import write_weights
 from .protocol import IterationOptim, TransferRecipe, check_encoder
 
 

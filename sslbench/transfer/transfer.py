@@ -15,13 +15,14 @@ from ..errors import UserError
 from ..evaluate.evaluation import in_ledger, same_images, same_subject
 from ..evaluate.features import newest_run, open_subject, read_safetensors
 from ..evaluate.told import NOTHING, Told
-from ..files import check_weights, hashes, write_json
+from ..files import write_json
 from ..ledger import Measurement, Record, Scale, to_ledger
 from ..paths import home
 from ..provenance import Spent
 from ..train.launch import leave_the_others
 from ..train.loop import fit, make_fabric
 from ..train.run import read_run
+from ..weights import check_weights, hashes
 from .job import TransferJob, quiet, scope_of
 from .protocol import TransferRecipe
 
