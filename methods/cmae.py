@@ -158,7 +158,7 @@ def head(width: int, hidden: int, out: int, everywhere: bool) -> nn.Sequential:
 
 
 def shifted(crops: Tensor, offsets: Tensor, size: int) -> Tensor:
-    """Of (B, C, H, W), each image's window of `size` pixels whose top and left are its offsets, (B, 2)."""
+    """Cut from each image of (B, C, H, W) the window of `size` pixels whose top and left are its offsets, (B, 2)."""
     rows, columns = (torch.arange(size, device=crops.device) + offsets.unbind(1)[i][:, None] for i in (0, 1))
     x = crops.gather(2, rows[:, None, :, None].expand(-1, crops.shape[1], -1, crops.shape[3]))
     return x.gather(3, columns[:, None, None, :].expand(-1, *x.shape[1:3], -1))

@@ -75,7 +75,7 @@ class DINO(Method):
         return {"x1": x1, "x2": x2, "small": small}
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of each image, the student's logits (B, 2 + V, K) and the teacher's distributions (B, 2, K)."""
+        """Return each image's logits by the student, (B, 2 + V, K), and distributions by the teacher, (B, 2, K)."""
         large = torch.stack([views["x1"], views["x2"]], 1)
         crops = [large, views["small"]] if "small" in views else [large]
         frozen = self.momentum_progress < self.config.frozen_prototypes

@@ -90,8 +90,8 @@ class IBOT(Method):
         return blocks(batch, grid, share * self.encoder.n_patches, generator, smallest=(min(grid) // 3) ** 2)
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of each image, CLS: the student's logits (B, 2 + V, K) and the teacher's distributions (B, 2, K); the large
-        crops' patches: (B, 2, N, K) both; and which of these are hidden, (B, 2, N)."""
+        """Return CLS's logits by the student, (B, 2 + V, K), and distributions by the teacher, (B, 2, K); the same of
+        the large crops' patches, (B, 2, N, K) both; and which of these are hidden, (B, 2, N)."""
         large, hidden = torch.stack([views["x1"], views["x2"]], 1), views["hidden"]
         frozen = self.momentum_progress < self.config.frozen_prototypes
         named = self.head(self._encode(self.encoder, large, hidden), frozen)

@@ -128,8 +128,8 @@ class IJEPA(Method):
         return (inside[0][..., :, None] & inside[1][..., None, :]).flatten(-2)
 
     def masks(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Of each image: patches of the context (B, K) and of the targets (B, M, T), and how many each of these has,
-        count (B,): what comes behind them repeats them."""
+        """Draw each image's context patches (B, K) and target patches (B, M, T), and how many of them count, (B,): what
+        comes behind these repeats them."""
         c, n, device = self.config, self.encoder.n_patches, generator.device
         scale, aspect, context_scale = rand((3, batch), generator, 1)
         places = rand((2, batch, 1 + c.targets), generator, 1)
@@ -182,7 +182,7 @@ class IJEPA(Method):
 
 @float32
 def block_distance(prediction: Tensor, target: Tensor, valid: Tensor, form: str) -> Tensor:
-    """Of features (B, M, T, D), those that are valid (B, T): the mean over channels, an image's patches, and images."""
+    """Average the distance of features (B, M, T, D) over channels, an image's `valid` patches (B, T), and images."""
     distance = F.mse_loss if form == "l2" else F.smooth_l1_loss
     of_patch = distance(prediction, target, reduction="none").mean((1, 3))
     return ((of_patch * valid).sum(1) / valid.sum(1)).mean()

@@ -114,7 +114,7 @@ class MACRL(Method):
         return {"x1": x1, "x2": x2} | dict(zip(("order1", "order2"), orders, strict=True))
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of view i: qi and ki (B, C), the latter without gradient; predicti and targeti (B, M, P) of its patches."""
+        """Return for view i qi and ki (B, C), ki without gradient, and predicti and targeti (B, M, P) of its patches."""
         outputs = {}
         k, n = self.n_kept, self.encoder.n_patches
         first, last = {"visible": (0, k), "masked": (k, n), "all": (0, n)}[self.config.recon_on]
@@ -166,7 +166,7 @@ class MACRL(Method):
         return 2 * (self.n_kept + 1) + 2 * (self.encoder.n_patches + 1)
 
     def pictures(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of each view: itself, what the encoder saw, and every patch as the decoder gives it."""
+        """Show each view, what the encoder saw of it, and every patch as the decoder gives it."""
         shown = {}
         for i, name in (("1", "weak"), ("2", "strong")):
             canvas, order = Canvas(self, views["x" + i]), views["order" + i]

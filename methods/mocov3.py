@@ -56,7 +56,7 @@ class MoCoV3(Method):
         return {"x1": x1, "x2": x2}
 
     def embed(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of view i, CLS (B, D) of the encoder, x, and without gradient of its momentum copy, y."""
+        """Return for view i the encoder's CLS (B, D), xi, and its momentum copy's, yi, which has no gradient."""
         embedded = {f"x{i}": self._cls(self.encoder, views[f"x{i}"]) for i in (1, 2)}
         with torch.no_grad():
             return embedded | {f"y{i}": self._cls(self.momentum_encoder, views[f"x{i}"]) for i in (1, 2)}

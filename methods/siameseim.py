@@ -207,8 +207,8 @@ def relative_positions(dim: int, grid: tuple[int, int], first: Tensor, second: T
 
 @float32
 def unigrad(prediction: Tensor, target: Tensor, everywhere: bool) -> tuple[Tensor, Tensor]:
-    """Of (B, N, C) each, the target without gradient: the squared error of a token to its own target, and the mean of
-    its squared products with the targets of all, over all devices where `everywhere`; both divided by C."""
+    """Return two terms of tokens and targets, (B, N, C) each, the latter without gradient: a token's squared error to
+    its own target, and the mean of its squared products with all targets, of all devices where `everywhere`; over C."""
     width = prediction.shape[-1]
     p, z = prediction.flatten(0, 1), F.layer_norm(target, (width,)).flatten(0, 1)
     correlation = z.T @ z / len(z)

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from .errors import Failure, Interrupted, RunFailed, UserError, full, is_full, is_unusable, lost_loader
+from .errors import Failure, Interrupted, RunFailed, UserError, full, is_full, is_unusable, lost_loader, nearest
 from .paths import bundled, expand, recipe_files
 from .plugin import is_plugin
 from .train.launch import first_process, leave_to_first, refuse_several
@@ -185,9 +186,18 @@ def _recipes(incomplete: str) -> list[str]:
     return [name for name in recipe_files() if name.startswith(incomplete)]
 
 
+def _known(method: str) -> str:
+    """A wrong name is refused before torch is imported, which takes seconds."""
+    if method in (names := _methods("")) or is_plugin(method) or entry_points(group="sslbench.methods"):
+        return method
+    raise UserError(f"unknown method '{method}'{nearest(method, names)}")
+
+
 MethodName = Annotated[
     str,
-    typer.Argument(help="A name of `sslbench list methods`, or path/to/file.py:Class.", autocompletion=_methods),
+    typer.Argument(
+        help="A name of `sslbench list methods`, or path/to/file.py:Class.", autocompletion=_methods, callback=_known
+    ),
 ]
 Arch = Annotated[str | None, typer.Option("--arch", help="Such as vit_b16; `sslbench list archs`.")]
 Data = Annotated[

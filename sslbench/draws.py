@@ -27,7 +27,7 @@ class Draws(torch.Generator):
         self.total, self.first, self.calls = 0, 0, 0
 
     def seek(self, seed: int, own: int, total: int, first: int) -> None:
-        """To the micro-batch whose first image is number `first` of the `total` of its step, which has this seed.
+        """Go to the micro-batch whose first image is number `first` of the `total` of its step, which has this seed.
 
         own: the seed of what other than `rand` draws.
         """

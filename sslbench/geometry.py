@@ -25,8 +25,8 @@ def effective_rank(features: Tensor) -> Tensor:
 
 
 def spread(features: Tensor) -> Tensor:
-    """Of unit features the standard deviation over images, mean over channels, times sqrt(D): 1 where they spread over
-    the sphere, 0 in collapse (Chen and He 2021, section 4.1)."""
+    """Return the standard deviation of unit features over images, mean over channels, times sqrt(D): 1 where they
+    spread over the sphere, 0 in collapse (Chen and He 2021, section 4.1)."""
     return F.normalize(features, dim=1).std(0).mean() * features.shape[1] ** 0.5
 
 

@@ -166,7 +166,7 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """After a step."""
+        """Move the mean towards that of what was centred since the last step, over all devices."""
         parts, _ = gather(torch.cat([self.total, self.count[None]])[None])
         *total, count = parts.sum(0).split([len(self.total), 1])
         mean = torch.where(count > 0, total[0] / count.clamp_min(1), self.mean)

@@ -72,7 +72,7 @@ class Crops:
         return Crops([x.to(device, non_blocking=non_blocking) for x in self.pixels], self.places.to(device))
 
     def split(self, n: int) -> list[Crops]:
-        """In parts of n images."""
+        """Cut into parts of n images."""
         pixels = zip(*(x.split(n) for x in self.pixels), strict=True)
         return [Crops(list(x), places) for x, places in zip(pixels, self.places.split(n), strict=True)]
 

@@ -288,7 +288,7 @@ class Block(nn.Module):
         self.relative: RelativeTable | None = None
 
     def position_bias(self, rows: slice | None = None) -> Tensor | None:
-        """Of the scores, (1, heads, T, T), its `rows`; None where the block has no relative positions."""
+        """Return the scores' bias (1, heads, T, T), or its `rows`; None where the block has no relative positions."""
         return None if self.relative is None else self.relative()[:, :, rows or slice(None)]
 
     def forward(self, x: Tensor, rows: slice | None = None, bias: Tensor | None = None) -> Tensor:

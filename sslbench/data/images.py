@@ -43,8 +43,8 @@ class UnknownScale(ValueError):
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """As 8-bit RGB: grey of 16 bits scaled by 1/257 (of 12 by 1/16), a palette looked up, transparency dropped, as
-    torchvision's loader does. UnknownScale: floats, integers of 32 bits, and what PIL does not convert."""
+    """Convert to 8-bit RGB: grey of 16 bits is scaled by 1/257 (of 12 by 1/16), a palette looked up, transparency
+    dropped, as torchvision's loader does. UnknownScale: floats, integers of 32 bits, and what PIL does not convert."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
         levels = np.rint(np.asarray(image) * (255 / (2**bits - 1)))

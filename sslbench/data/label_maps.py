@@ -90,7 +90,7 @@ def read_classes(file: Path) -> list[str]:
 
 
 def _photographs(folder: Path) -> dict[str, Path]:
-    """As `_files`, of images of any format. UserError: two have the same name before the dot, and so the same map."""
+    """Find as `_files` does images of any format. UserError: two share the name before the dot, and so the map."""
     by_stem: dict[str, Path] = {}
     for path in sorted(p for p in folder.rglob("*") if is_image(p.name) and not _hidden(p, folder)):
         stem = path.relative_to(folder).with_suffix("").as_posix()

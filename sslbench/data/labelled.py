@@ -36,7 +36,7 @@ class Labelled:
     name: str = ""  # of the set
 
     def __len__(self) -> int:
-        """Images."""
+        """Return how many images there are."""
         return len(self.files) if self.source.is_file() else len(self.files) // 2
 
     @property

@@ -73,7 +73,7 @@ class Robustness(Strict):
 
 
 class Geometry(Strict):
-    """Of features without labels: see describe.py. The crops are those of alignment's two views, alike for all."""
+    """How features are described without labels (describe.py). Alignment's two views are cropped alike for all."""
 
     protocol: Literal["geometry"]
     pool: Literal["cls", "mean", "mean_all"] | None = None  # None: the method's own
@@ -429,5 +429,5 @@ def _robustness(recipe: EvalRecipe, s: Robustness, run: str, data: str | None) -
 
 
 def robustness_hash(s: Robustness, tuned: str | None, size: int, view: dict[str, int]) -> str:
-    """Of how the answer is chosen, of the protocol that fine-tuned the model, and of the view, as in protocol_hash."""
+    """Hash how the answer is chosen, the protocol that fine-tuned the model, and the view, as protocol_hash does."""
     return digest([s.model_dump(mode="json"), tuned, size, *view.values()])

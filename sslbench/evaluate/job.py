@@ -19,8 +19,8 @@ from .labels import list_facts, list_of, protocol_name
 
 
 def protocol_hash(science: BaseModel, pool: str, image_size: tuple[int, ...], view: dict[str, int]) -> str:
-    """Of all that may change an evaluation's number but the run: also the feature it reads, (height, width) of its
-    views, and what `view_of` says of them."""
+    """Hash all that may change an evaluation's number but the run: its science, the feature that it reads, the size
+    (height, width) of its views, and what `view_of` says of them."""
     return digest({**science.model_dump(mode="json"), "pool": pool, "image_size": [*image_size], **view})
 
 

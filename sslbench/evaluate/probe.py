@@ -157,7 +157,7 @@ class ProbeJob(LabelledJob):
         return Probe(self.science, self.subject.encoder, self.augment(), len(self.classes), self.pool, chunk)
 
     def batch(self) -> Batch:
-        """With BatchNorm, in parts of what it takes together on any machine; the encoder's passes may be smaller."""
+        """BatchNorm takes the same images together on any machine: a pass has these; the encoder's may be smaller."""
         s, world = self.science, self.machine.devices * self.machine.nodes
         if not s.batch_norm:
             return super().batch()
@@ -189,7 +189,7 @@ class ProbeJob(LabelledJob):
         return float(counter.get_total_flops())  # forward alone; the heads are nothing beside it
 
     def score(self, weights: Path, val: ImageSet, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-        """Of the head that does best on the held-out tenth of train."""
+        """Score the head that does best on the held-out tenth of train."""
         model = self.build()
         model.load_state_dict({**model.state_dict(), **read_safetensors(weights)[0]})
         model = model.to(device).eval()

@@ -95,7 +95,7 @@ def names_in(tree: Any, where: str = "") -> list[str]:
 
 
 def preferred(names: Iterable[str], average: bool = True) -> str:
-    """Of several places the one that is evaluated: an average (timm's EMA, a teacher) before what it averages, or not.
+    """Choose the place that is evaluated: an average (timm's EMA, a teacher) before what it averages, or not.
 
     Of a student and its teacher the teacher; of MoCo's two the base encoder, as its own code does; else what is nested
     least.
@@ -171,7 +171,7 @@ def _taken(found: Iterable[str], names: list[str]) -> str:
 
 
 def beside_encoder(tree: Any, where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Of a file that `to_encoder` takes: (what lies in the encoder's place beside it, what lies around, by name)."""
+    """Return what a file that `to_encoder` takes has besides: (tensors in the encoder's place, names around it)."""
     encoders = places(tree)
     place = _taken(encoders, names_in(tree))
     holder, prefix = tree, place
@@ -246,12 +246,12 @@ HALF: Statistics = ((0.5,) * 3, (0.5,) * 3)
 
 
 def statistics(config: dict[str, Any]) -> Statistics:
-    """Of a model of timm's."""
+    """Return the mean and deviation that a timm model's `config` states; ImageNet's where it states none."""
     return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
 
 
 def statistics_of_file(tree: Any, path: Path, method: str | None) -> Statistics:
-    """By which a file's model takes its images: ImageNet's, but where it is told that they are others.
+    """Return the mean and deviation by which a file's model takes its images: ImageNet's, unless something says others.
 
     transformers keeps them in preprocessor_config.json beside the weights. BEiT's code takes 0.5 unless its command
     line says imagenet_default_mean_and_std, and keeps that in its checkpoints; of those without, BEiT itself has 0.5,

@@ -32,7 +32,7 @@ NOTHING = Told()
 
 
 def tell(method: str | None, data: str | None, epochs: float | None) -> Told:
-    """Of --as, --pretrained-on and --epochs."""
+    """Keep what --as, --pretrained-on and --epochs say. UserError: --as reads like no method's name."""
     if method is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ,._+-]*", method):
         raise UserError(f"--as {method}: expected a method's name, such as mae or DINO")
     return Told(method, data_name(data) if data else None, epochs)

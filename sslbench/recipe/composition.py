@@ -69,7 +69,7 @@ def compose(
 
 
 def drop_none(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that nobody gave a value."""
+    """Return the tree without the keys that nobody gave a value."""
     out = {k: drop_none(v) if isinstance(v, dict) else v for k, v in tree.items()}
     return {k: v for k, v in out.items() if v is not None and v != {}}
 

@@ -37,7 +37,7 @@ class Group:
 
 
 def equal(table: Table) -> list[Equal]:
-    """By epochs, by device time on each kind of machine, and by FLOPs; [] where there are less than two methods."""
+    """Compare at equal epochs, device time (on each kind of machine) and FLOPs; [] where methods are less than two."""
     rows = table.trained
     if len(rows) < 2:
         return []

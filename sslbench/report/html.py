@@ -78,7 +78,7 @@ def render(template: str, **given: Any) -> str:
 
 
 def headlines(c: Content) -> list[Headline]:
-    """Of each study its answer at the largest budget; where there is no study, of each table what it says first."""
+    """Return each study's answer at its largest budget; where there is no study, what each table says first."""
     if c.studies:
         return [Headline(slug(_of_study(s)), s.study.question or s.name, studies.finding(s)) for s in c.studies]
     return [Headline(slug(t.title), t.title, lines[0]) for t in c.main if (lines := summary(t))]

@@ -70,7 +70,7 @@ def _line(shares: dict[float, list[Record]]) -> list[tuple[float, float]]:
 
 
 def recipe_names(recipes: list[Recipe]) -> dict[Recipe, str]:
-    """As much of method, preset, arch and hash as tells each from the others, in lines of at most 18 letters."""
+    """Name each by as much of method, preset, arch and hash as tells it apart, in lines of at most 18 letters."""
     levels = {recipe: _named(recipe) for recipe in recipes}
     names = {}
     for recipe, named in levels.items():
@@ -80,7 +80,7 @@ def recipe_names(recipes: list[Recipe]) -> dict[Recipe, str]:
 
 
 def _named(recipe: Recipe) -> list[str]:
-    """From short to exact."""
+    """Return names for a recipe's line, from short to exact; the figure takes the shortest that tells it apart."""
     method, preset, arch, hash = recipe
     preset = preset.partition("+")[0]  # what a recipe sets otherwise is too long to name a line by
     label = method if preset in ("", "paper") else f"{method} ({preset})"

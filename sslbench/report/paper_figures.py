@@ -282,7 +282,7 @@ def _devices(table: Table) -> list[str]:
 
 
 def _area(arch: str) -> float:
-    """Of a bubble, by the root of the parameters: ViT-L has 300 times those of the smallest."""
+    """A bubble's area grows with the root of the parameters, of which ViT-L has 300 times those of the smallest."""
     return 0.024 * (parameters_of(arch) if find_arch(arch) else 1e6) ** 0.5
 
 
@@ -299,7 +299,7 @@ def _inspected(row: Row) -> list[Path]:
 
 
 def _lines(row: Row, what: str) -> Lines:
-    """That value of each run's metrics.jsonl, at most POINTS of them."""
+    """Read the value called `what` from each run's metrics.jsonl, at most POINTS of them."""
     out = []
     for path in (folder / "metrics.jsonl" for folder in _folders(row)):
         steps = read_metrics(path)
@@ -315,7 +315,7 @@ def _draw_lines(axis: Axes, lines: Lines, colour: str, label: str = "") -> None:
 
 
 def _recon(table: Table) -> dict[str, Lines]:
-    """Of ccMIM and MAE, whose whole loss it is."""
+    """Return the reconstruction loss over training of ccMIM, and of MAE, whose whole loss it is."""
     terms = {"ccmim": "recon", "mae": "loss"}
     lines_of = {label_of(row): _lines(row, terms[row.method]) for row in table.trained if row.method in terms}
     return {label: lines for label, lines in lines_of.items() if lines}

@@ -230,7 +230,7 @@ def _row_label(key: Trained, keys: Iterable[Trained]) -> str:
 
 
 def _named(key: Trained) -> list[str]:
-    """From short to exact."""
+    """Return names for a row, from short to exact; the table takes the shortest that no other row has."""
     (trained, method, epochs, preset, recipe), images = key
     preset = preset.partition("+")[0]  # what a recipe sets otherwise is too long to name a row by
     label = "untrained ViT" if not trained else method if preset in ("", "paper") else f"{method} ({preset})"

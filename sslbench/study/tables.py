@@ -134,7 +134,7 @@ def behind(line: Any, records: list[Record]) -> list[Record]:
 
 
 def _public(line: Any, evaluation: PrintedEvaluation, records: list[Record]) -> list[Record]:
-    """Of public weights, one file's, whose method, arch, data and epochs are those printed, under its protocol."""
+    """Return one file's records: public weights whose method, arch, data, epochs and protocol are those printed."""
     if paper_rows(f"{line['paper']}_{line['table']}") or _keys(line["condition"]) - DESCRIBES or not line["epochs"]:
         return []  # a row whose settings no such weights are known to have
     printed = (line["method"].casefold(), line["arch"], line["pretrain_data"].replace("_", "-"), epochs_of(line))

@@ -23,7 +23,7 @@ class Clock:
         self.spent = self.save_s = 0.0
 
     def begin(self) -> None:
-        """To be called when the time begins to run, or goes on."""
+        """Begin to run, or go on."""
         self.spent = self.spent_s() if self.seconds else 0.0
 
     def epoch(self, step: int) -> float:
@@ -33,7 +33,7 @@ class Clock:
         return min(1.0, self.spent / self.seconds) * self.epochs
 
     def tick(self) -> None:
-        """To be called at the end of each step."""
+        """Note that a step has ended."""
         if self.seconds is not None:
             before, self.spent = self.spent, self.spent_s()
             self.step_s = self.spent - before
@@ -51,6 +51,6 @@ class Clock:
         return self.spent + self.step_s / 2 + self.save_s >= self.seconds
 
     def saved(self) -> None:
-        """To be called after a save at the end of a step."""
+        """Note that a save has ended, whose time the next one will take too."""
         if self.seconds is not None:
             self.save_s = self.spent_s() - self.spent

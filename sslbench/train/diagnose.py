@@ -69,8 +69,8 @@ class CollapseMeters:
 
 
 def collapse(features: Tensor) -> dict[str, Tensor]:
-    """Of features (N, D): three numbers that fall, or for uniformity rise to 0, as all images come to look the same.
-    See geometry.py."""
+    """Return three numbers of features (N, D) that fall, or for uniformity rise to 0, as all images come to look the
+    same (geometry.py)."""
     return {
         "feature_std": spread(features),
         "effective_rank": effective_rank(features - features.mean(0)),

@@ -19,7 +19,7 @@ class FiniteGuard:
         self.not_finite = torch.zeros((), device=device)
 
     def check(self, value: Tensor) -> None:
-        """To be called with what must be finite before each optimizer.step()."""
+        """Remember whether `value` is finite, without a wait for the device; call it before each optimizer.step()."""
         self.not_finite.copy_(torch.maximum(self.not_finite, (~torch.isfinite(value)).float()))
 
     def arm(self, optimizer: Any) -> None:

@@ -78,7 +78,7 @@ class Job(Protocol):
     def data(self) -> Images: ...
 
     def steps(self, per_epoch: int) -> int:
-        """Of the whole run."""
+        """Return how many steps the whole run has."""
         return round(per_epoch * self.epochs)
 
     def build(self) -> Any:
@@ -90,11 +90,11 @@ class Job(Protocol):
         ...
 
     def learning_rate(self, step: int, epoch: float) -> float:
-        """Of a step, which is at that fractional epoch of the schedule."""
+        """Return the learning rate of a step, which is at that fractional epoch of the schedule."""
         ...
 
     def weight_decay(self, step: int, epoch: float) -> float | None:
-        """Of a step, of what has any; None: as the optimiser was made."""
+        """Return a step's weight decay, for the groups that have any; None: it stays as the optimiser was made."""
         return None
 
     def batches(self, data: Any, method: Any, batch: Batch, fabric: Fabric) -> Batches:
@@ -102,7 +102,7 @@ class Job(Protocol):
         ...
 
     def flops_per_image(self) -> float | None:
-        """Of a step, forward and backward. None: nobody knows before the first step, which is counted then."""
+        """Return what a step costs, forward and backward. None: unknown before the first step, which is counted."""
         ...
 
     def warnings(self, method: Any, batch: Batch) -> list[str]:

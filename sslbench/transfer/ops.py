@@ -109,7 +109,7 @@ def _averages(pool_mode: int) -> None:
 
 
 def _full(x: Tensor) -> Tensor:
-    """At least float32: torchvision's kernels know no bfloat16, and in half precision a box is pixels off."""
+    """Return it in float32 or better: torchvision's kernels know no bfloat16, and in 16 bits a box is pixels off."""
     return x if x.dtype == torch.float64 else x.float()
 
 
