@@ -114,7 +114,7 @@ class MACRL(Method):
         return {"x1": x1, "x2": x2} | dict(zip(("order1", "order2"), orders, strict=True))
 
     def forward(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return for view i qi and ki (B, C), ki without gradient, and predicti and targeti (B, M, P) of its patches."""
+        """Return of view i qi and ki (B, C), ki without gradient, and predicti and targeti (B, M, P) of its patches."""
         outputs = {}
         k, n = self.n_kept, self.encoder.n_patches
         first, last = {"visible": (0, k), "masked": (k, n), "all": (0, n)}[self.config.recon_on]

@@ -52,7 +52,7 @@ class Method(Trainable):
         self.config, self.encoder, self.augment = config, encoder, augment
 
     def crop_list(self) -> list[Crop]:
-        """Return an image's crops. Overridden where they differ in size or scale, or where it matters where they lie."""
+        """Return an image's crops. Overridden where they differ in size or scale, or where their places matter."""
         return [Crop()] * self.crops
 
     def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

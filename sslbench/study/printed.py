@@ -69,8 +69,8 @@ class Evaluation:
 
     @functools.cache  # noqa: B019 - frozen, and as few as the protocols of the tables
     def protocol_hashes(self, pool: str, side: int) -> set[str]:
-        """Return the hashes of the records that it makes, its recipe as it is shipped. pool: the encoder's own feature, for
-        a recipe that leaves it open; side: pixels of the views that the encoder was trained on."""
+        """Return the hashes of the records that it makes, its recipe as it is shipped. pool: the encoder's own feature,
+        for a recipe that leaves it open; side: pixels of the views that the encoder was trained on."""
         kind = self.kind
         if self.command.startswith("transfer"):
             return {transfer_recipe(kind, self.recipe, [*self.sets]).protocol_hash()}

@@ -206,7 +206,7 @@ def adamw(model: nn.Module, depth: int, o: IterationOptim) -> torch.optim.AdamW:
 
 
 def learning_rate(o: IterationOptim, step: int, total: int) -> float:
-    """Return the heads' rate at a step of `total`: mmengine's LinearLR, then MultiStepLR, CosineAnnealingLR or PolyLR."""
+    """Return the heads' lr at a step of `total`: mmengine's LinearLR, then MultiStepLR, CosineAnnealingLR or PolyLR."""
     warmup = min(o.warmup, total)
     if step < warmup:
         return o.lr * (o.warmup_factor + (1 - o.warmup_factor) * (step / (warmup - 1) if warmup > 1 else 1.0))
