@@ -24,7 +24,7 @@ from ..errors import UserError, nearest
 from ..losses import recorded_gathers
 from ..method import Method
 from ..recipe import Batch, Recipe, length
-from ..train.build import flops_per_image
+from ..train.build import flops_per_image, step_on_shapes
 from ..train.job import Pretraining
 from ..train.loop import fit
 from ..train.run import read_run
@@ -185,7 +185,7 @@ def bytes_sent(recipe: Recipe, batch: Batch) -> float:
     called: list[tuple[nn.Module, bool]] = []  # and whether a backward pass comes back there
     note = register_module_forward_hook(lambda m, _, out: called.append((m, getattr(out, "requires_grad", False))))
     with recorded_gathers() as gathered, note:
-        flops_per_image(recipe)  # on shapes alone, of two images
+        step_on_shapes(recipe)
     method = next(m for m, _ in called if isinstance(m, Method))
     gradients: float = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     if shards(Pretraining(recipe), batch):

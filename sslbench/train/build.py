@@ -34,18 +34,19 @@ def build(recipe: Recipe) -> Method:
 
 
 def flops_per_image(recipe: Recipe) -> float:
-    """Multiply-adds x 2 of one image's training step, forward and backward, counted on shapes: it computes nothing.
+    """Return multiply-adds x 2 of one image's training step, forward and backward, counted once a process.
 
-    Counted once a process, which takes a ViT-B seconds: a study asks for each row, and a report for each line.
+    That takes a ViT-B seconds, and a study asks for each row, a report for each line.
     """
     science = recipe.science
     key = digest([science.method, science.arch, science.data.image_size])
     if key not in _counted:
-        _counted[key] = _count(recipe)
+        _counted[key] = step_on_shapes(recipe)
     return _counted[key]
 
 
-def _count(recipe: Recipe) -> float:
+def step_on_shapes(recipe: Recipe) -> float:
+    """Do a training step of two images on shapes alone, and return its FLOPs an image: it computes nothing."""
     with torch.device("meta"):
         method = build(recipe)
     n, side = 2, recipe.science.data.image_size or 0
