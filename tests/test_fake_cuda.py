@@ -5,9 +5,16 @@ import sys
 
 import pytest
 import torch
-from tiny import METHODS, make
-from torch._subclasses.fake_tensor import FakeTensorMode
+from tiny import METHODS, TINY, make
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
+
+from sslbench.evaluate.attentive import AttentiveProbe
+from sslbench.evaluate.evaluation import eval_recipe
+from sslbench.evaluate.finetune import Classifier
+from sslbench.evaluate.probe import Probe
+from sslbench.recipe import Augment
+from sslbench.vit import VisionTransformer
 
 CUDA = torch.device("cuda", 0)
 
@@ -26,7 +33,7 @@ class Undrawn(TorchFunctionMode):
 
 
 def moved(module):
-    """`module.to("cuda")`, whose parameters fake tensors do not let `to` exchange: what `to` leaves behind stays here."""
+    """`module.to("cuda")`, which does not exchange fake parameters: what `to` would leave behind stays here."""
     there = {}
 
     def move(x):
@@ -51,27 +58,62 @@ def forget():
 
 
 @pytest.fixture
-def real(name):
-    return make(name)
-
-
-@pytest.fixture
 def gpu():
+    """gpu(build): what `build` builds on the host, there."""
     forget()
-    with FakeTensorMode(), Undrawn():
-        yield
+    fake = FakeTensorMode()
+    with fake, Undrawn():
+
+        def build(make_it):
+            with unset_fake_temporarily():
+                made = make_it()
+            return moved(made)
+
+        yield build
     forget()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_leaves_nothing_on_the_host(name, real, gpu):
-    method, pixels = moved(real), torch.empty(4, 3, 32, 32, dtype=torch.uint8, device=CUDA)
+def test_a_step_leaves_nothing_on_the_host(name, gpu):
+    method, pixels = gpu(lambda: make(name)), torch.empty(4, 3, 32, 32, dtype=torch.uint8, device=CUDA)
     views = method.build_views(pixels, CudaGenerator())
     assert {v.device for v in views.values()} == {CUDA}
     losses = method.loss(method(views))
     method.after_step(0.5)
     assert all(x.device == CUDA for x in losses.values()), losses
     assert all(x.device == CUDA for x in method.state_dict().values())
+
+
+FINETUNE = ["mixup=0.8", "cutmix=1.0", "erase_p=0.25", "erase_mode=cutout", "drop_path=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "sets", "build"),
+    [
+        ("finetune", "finetune", FINETUNE, lambda s, encoder: Classifier(s, encoder, Augment(), 10)),
+        ("linprobe", "linprobe_mae", [], lambda s, encoder: Probe(s, encoder, Augment(), 10, "cls")),
+        ("attentive", "attentive", ["queries=4"], lambda s, encoder: AttentiveProbe(s, encoder, Augment(), 10)),
+    ],
+)
+def test_a_step_with_labels_leaves_nothing_on_the_host(kind, recipe, sets, build, gpu):
+    science = eval_recipe(kind, recipe, [f"science.{x}" for x in sets]).science
+    model, pixels = gpu(lambda: build(science, VisionTransformer(TINY))), torch.empty(4, 3, 32, 32, device=CUDA)
+    labels = torch.empty(4, dtype=torch.long, device=CUDA)
+    views = model.build_views(pixels.to(torch.uint8), CudaGenerator(), labels)
+    assert {v.device for v in views.values()} == {CUDA}
+    assert model.loss(model(views))["loss"].device == CUDA
+
+
+@pytest.mark.parametrize("config", [{}, {"window": 2, "relative_positions": "table"}, {"relative_positions": "shared"},
+                                    {"relative_positions": "decomposed", "layer_scale": 0.1}])  # fmt: skip
+def test_a_transfers_backbone_leaves_nothing_on_the_host(config, gpu):
+    transfer = pytest.importorskip("sslbench.transfer.backbone")
+    from sslbench.transfer.protocol import Encoder
+
+    encoder = Encoder(drop_path=0.1, keep_cls=not config, **config)
+    model = gpu(lambda: transfer.Backbone(VisionTransformer(TINY), encoder, (4, 4)))
+    maps = model.train()(torch.empty(2, 3, 32, 32, device=CUDA))
+    assert {x.device for x in maps} == {CUDA}
 
 
 def test_what_stays_on_the_host_fails(gpu):
