@@ -593,8 +593,18 @@ def list_(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """What this machine has, what is missing, and what to do about it."""
+def doctor(
+    try_: Annotated[bool, typer.Option("--try", help="Train a little on all devices, and say what is off.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What this machine has, what is missing, and what to do about it; --try: whether its numbers can be trusted."""
+    if try_:
+        from .commands.trial import try_out
+
+        with answer_of_failed(as_json):
+            tried = try_out(console(as_json))
+        answer(as_json, tried)
+        return
     from .commands.doctor import doctor as run
 
     answer(as_json, run(console(as_json)))
