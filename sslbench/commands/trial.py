@@ -35,7 +35,7 @@ from ..train.build import build
 from ..train.loop import make_fabric
 
 SETS = ["science.arch=vit_48x2_h3_p4_im16", "science.data.spec=builtin", "science.data.image_size=16",
-        "science.batch_size=16", "science.epochs=0.032", "science.optim.lr=1e-4", "machine.precision=32",
+        "science.batch_size=16", "science.epochs=0.032", "science.optim.lr=5e-5", "machine.precision=32",
         "machine.log_every=1", "machine.save_every=4", "machine.tensorboard=false", "machine.watch=false"]  # fmt: skip
 # How far a step may be from one of float32 on the CPU: its loss and its whole gradient, relative. bf16 on a CPU was off
 # by up to .001 and .04; MoCo v3's gradient by .2, since BatchNorm of features that are still alike magnifies rounding.
