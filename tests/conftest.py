@@ -24,8 +24,8 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)):  # threads th
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first (with --no-loadscope-reorder): the last worker to end is then not minutes behind."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    """Long files first (with --no-loadscope-reorder): the last worker to end is then not minutes behind."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.name == "test_readme.py"}
     items.sort(key=lambda item: item.path not in slow)
 
 

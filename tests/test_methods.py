@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import METHODS, REFERENCE, generator, gradient_norm, images, make, reference_images, step
+from tiny import METHODS, REFERENCE, SMALL, generator, gradient_norm, images, make, reference_images, step
 
 from sslbench.evaluate.start import pretrain
 from sslbench.losses import recorded_gathers
@@ -135,12 +135,12 @@ def test_what_gets_no_gradient_stores_no_activations(name):
 
 
 @every_method
-def test_a_run_restored_from_a_checkpoint_ends_with_the_same_weights(name, home):
+def test_a_run_restored_from_a_checkpoint_ends_with_the_same_weights(name, home, tiny_arch):
     """Through the trainer and its files: the last checkpoint is lost, the run goes on from the one before."""
     sets = ["science.batch_size=50", "science.epochs=0.1"]  # 8 steps
     sets += ["machine.save_every=3", "machine.tensorboard=false", "machine.meters_every=4"]
-    science = {"arch": "vit_mini4", "data": {"spec": "builtin", "image_size": 16}}
-    recipe = compose(name, science=science, sets=sets)
+    sets += [*tiny_arch[1::2], *(f"science.method.{key}={value}" for key, value in SMALL.get(name, {}).items())]
+    recipe = compose(name, recipe=f"{name}_smoke", sets=sets)
     pretrain(recipe, home / "r", Console(quiet=True), progress=False)
     whole = load_file(home / "r/weights.safetensors")
     last = sorted((home / "r/checkpoints").glob("*.pt"))[-1]

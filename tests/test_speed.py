@@ -124,6 +124,7 @@ class MaskedAutoencoderViT(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_bench_targets_measures_what_is_here_and_keeps_what_is_not(invoke, home, tmp_path, monkeypatch):
     clone = tmp_path / "mae"
     clone.mkdir()

@@ -133,6 +133,7 @@ def test_a_failing_row_stops_no_other_and_is_named_at_the_end(invoke, study, few
     assert [c["status"] for c in answered(done)["cells"]] == ["failed"] + ["done"] * 4
 
 
+@pytest.mark.slow
 def test_training_from_scratch_has_the_flops_of_pretraining_and_finetuning(invoke, study, tmp_path):
     path = study(
         budgets=["100GFLOP"],
