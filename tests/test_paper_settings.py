@@ -82,6 +82,16 @@ PRETRAIN = [
     ("simmim/vit_b16_imagenet", {"epochs": 800, "batch_size": 2048, "peak": 4e-4, "optim.betas": [0.9, 0.999],
      "optim.warmup_epochs": 10, "optim.weight_decay": 0.05, "optim.clip_grad": 5.0, "augment.crop_scale": [0.67, 1.0],
      "augment.flip": True, "method.mask_size": 32, "method.mask_ratio": 0.6}),
+    # CrossMAE, Table 10: 800 epochs after 40 of warm-up, batches of 4,096, a base rate of 1.5e-4, decay .05, betas of
+    # .9 and .95; A.6: the rate times prediction ratio / mask ratio, 12 decoder blocks as wide as MAE's; section 3.4:
+    # all encoder blocks and their input are summed, with weights from N(0, 1 / n).
+    *[(f"crossmae/{name}", {"epochs": 800, "optim.warmup_epochs": 40, "batch_size": 4096, "optim.lr": lr,
+       "optim.weight_decay": 0.05, "optim.betas": [0.9, 0.95], "optim.min_lr": 0.0, "augment.crop_scale": [0.2, 1.0],
+       "augment.flip": True, "method.mask_ratio": 0.75, "method.prediction_ratio": ratio, "method.norm_pix_loss": True,
+       "method.decoder_dim": width, "method.decoder_depth": 12, "method.decoder_heads": width // 32,
+       "method.maps": "all", "method.map_init": "normal"})
+      for name, lr, ratio, width in (("vit_b16_imagenet", 1.5e-4, 0.75, 512), ("vit_b16_imagenet_25", 5e-5, 0.25, 512),
+                                     ("vit_l16_imagenet", 1.5e-4, 0.75, 512), ("vit_s16_imagenet", 1.5e-4, 0.75, 256))],
 ]  # fmt: skip
 
 EVAL = [
@@ -206,6 +216,7 @@ def _asls_probes():
         ("macrl", ["1.5e-4", "1.5e-3", "0.1", "norm_pix_loss", "projector", "bank_keys", "CutOut", "betas"]),
         ("ijepa", ["smooth L1", "one draw", "off-by-one", "dropped", "LayerNorm", "CLS", "cosine", "momentum copy"]),
         ("simmim", ["relative positions", "LayerScale", "drop path", "bias of keys", "1e-5", "epoch 700"]),
+        ("crossmae", ["N(0, 1 / maps)", "Xavier", "last norm", "Table 3d", "A.6", "softmax"]),
     ],
 )
 def test_the_head_of_a_methods_file_says_what_its_paper_leaves_open(method, words):

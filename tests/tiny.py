@@ -22,6 +22,7 @@ SMALL = {  # what keeps a method's heads and decoder small here; all else is its
         "projector_dim": 16,
         "shift": 5,
     },
+    "crossmae": {"prediction_ratio": 0.25, "decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 4},
     "dino": {"prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16, "frozen_prototypes": 0, "small_crops": 2,
              "small_size": 16},
     "ibot": {"prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16, "frozen_prototypes": 0, "small_crops": 2,
