@@ -28,6 +28,8 @@ SMALL = {  # what keeps a method's heads and decoder small here; all else is its
     "ibot": {"prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 16, "frozen_prototypes": 0, "small_crops": 2,
              "small_size": 16},
     "ijepa": {"predictor_dim": 24, "predictor_depth": 2},
+    "lejepa": {"embedding_dim": 32, "hidden_dim": 64, "projector_dim": 16, "slices": 64, "small_crops": 2,
+               "small_size": 16},
     "mae": {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 4},
     "macrl": {"bank_size": 64, "proj_hidden": 32, "proj_dim": 16, "decoder_dim": 32},
     "mocov3": {"hidden_dim": 64, "projector_dim": 16},
