@@ -14,7 +14,7 @@ complete training (ViT-S/8 on ImageNette):
   slices       1,024 directions (section 6.1); 256.
   weight       lambda .05; .02.
   views        2 large and 6 small ones (section 6.1; the same section recommends 8 small ones); 4 large ones.
-  colours      the code's README; MINIMAL.md changes brightness, contrast, saturation and hue twice as much.
+  colours      those of the code's README, for the text gives none; MINIMAL.md changes them twice as much and more.
   projector    an MLP, whose widths but for the last are unsaid, and whose norm: from MINIMAL.md in both, with its
                linear layer to 512 in front. The last is 512 in the code's ImageNet scripts; 16 in MINIMAL.md.
 
