@@ -45,6 +45,12 @@ def rand(shape: tuple[int, ...], generator: torch.Generator, batch: int = 0) -> 
     return drawn.narrow(batch, generator.first, shape[batch])
 
 
+def rand_together(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform in [0, 1), and the same in every micro-batch of a step, on every device: for what its images share."""
+    whole = generator.whole if isinstance(generator, Draws) else generator
+    return torch.rand(shape, generator=whole, device=generator.device)
+
+
 def rand_each(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draw as `rand` does, images in the first dimension, what is too large to be drawn for the global batch.
 

@@ -58,8 +58,8 @@ class Method(Trainable):
     def build_views(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """uint8 images (B, 3, H, W) on the device -> what forward takes. Draws from `generator` only.
 
-        By `draws.rand` (`rand_each` where that is large), it does not depend on how a batch is divided over devices and
-        passes.
+        By `draws.rand` (`rand_each` where that is large, `rand_together` for what images share), it does not depend on
+        how a batch is divided over devices and passes.
         """
         raise NotImplementedError
 

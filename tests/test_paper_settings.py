@@ -82,6 +82,35 @@ PRETRAIN = [
     ("simmim/vit_b16_imagenet", {"epochs": 800, "batch_size": 2048, "peak": 4e-4, "optim.betas": [0.9, 0.999],
      "optim.warmup_epochs": 10, "optim.weight_decay": 0.05, "optim.clip_grad": 5.0, "augment.crop_scale": [0.67, 1.0],
      "augment.flip": True, "method.mask_size": 32, "method.mask_ratio": 0.6}),
+    # CrossMAE, Table 10: 800 epochs after 40 of warm-up, batches of 4,096, a base rate of 1.5e-4, decay .05, betas of
+    # .9 and .95; A.6: the rate times prediction ratio / mask ratio, 12 decoder blocks as wide as MAE's; section 3.4:
+    # all encoder blocks and their input are summed, with weights from N(0, 1 / n).
+    *[(f"crossmae/{name}", {"epochs": 800, "optim.warmup_epochs": 40, "batch_size": 4096, "optim.lr": lr,
+       "optim.weight_decay": 0.05, "optim.betas": [0.9, 0.95], "optim.min_lr": 0.0, "augment.crop_scale": [0.2, 1.0],
+       "augment.flip": True, "method.mask_ratio": 0.75, "method.prediction_ratio": ratio, "method.norm_pix_loss": True,
+       "method.decoder_dim": width, "method.decoder_depth": 12, "method.decoder_heads": width // 32,
+       "method.maps": "all", "method.map_init": "normal"})
+      for name, lr, ratio, width in (("vit_b16_imagenet", 1.5e-4, 0.75, 512), ("vit_b16_imagenet_25", 5e-5, 0.25, 512),
+                                     ("vit_l16_imagenet", 1.5e-4, 0.75, 512), ("vit_s16_imagenet", 1.5e-4, 0.75, 256))],
+    # LeJEPA, section 6.1: "We thus recommend to use 17 integration points, an integration domain of [-5, 5], and 1024
+    # slices", lambda .05, "eight views (V = 8) containing two global views (V_g = 2)"; Table 1: ViT-L/14, 100 epochs.
+    # The released code's README: crops of (.3, 1) and (.05, .3) of the image, small ones of 98 pixels, colours, a rate
+    # of 5e-4 that falls to a thousandth, decay .05; its scripts/launch_epps_ablation.md: batches of 512, a projector of
+    # width 512.
+    ("lejepa/vit_l14_imagenet", {"epochs": 100, "batch_size": 512, "peak": 5e-4, "optim.min_lr": 5e-7,
+     "optim.weight_decay": 0.05, "optim.betas": [0.9, 0.999], "augment.crop_scale": [0.3, 1.0], "augment.flip": True,
+     "method.weight": 0.05, "method.slices": 1024, "method.t_max": 5.0, "method.knots": 9, "method.projector_dim": 512,
+     "method.large_views": 2, "method.small_crops": 6, "method.small_size": 98, "method.small_scale": [0.05, 0.3],
+     "method.views.jitter": [0.4, 0.4, 0.2, 0.1], "method.views.jitter_p": 0.8, "method.views.gray_p": 0.2,
+     "method.views.blur_p": [0.5, 0.5], "method.views.solarise_p": [0.2, 0.2]}),
+    # The released code's MINIMAL.md: its code, and the command that it prints.
+    ("lejepa/vit_s8_imagenette", {"arch": "vit_s8", "data.image_size": 128, "epochs": 800, "batch_size": 256,
+     "peak": 2e-3, "optim.min_lr": 1e-3, "optim.weight_decay": 0.05, "optim.warmup_epochs": 1,
+     "augment.crop_scale": [0.08, 1.0], "augment.flip": True, "method.weight": 0.02, "method.slices": 256,
+     "method.t_max": 3.0, "method.knots": 17, "method.embedding_dim": 512, "method.hidden_dim": 2048,
+     "method.projector_dim": 16, "method.large_views": 4, "method.small_crops": 0,
+     "method.views.jitter": [0.8, 0.8, 0.8, 0.2], "method.views.jitter_p": 0.8, "method.views.gray_p": 0.2,
+     "method.views.blur_p": [0.5, 0.5], "method.views.solarise_p": [0.2, 0.2]}),
 ]  # fmt: skip
 
 EVAL = [
@@ -206,6 +235,8 @@ def _asls_probes():
         ("macrl", ["1.5e-4", "1.5e-3", "0.1", "norm_pix_loss", "projector", "bank_keys", "CutOut", "betas"]),
         ("ijepa", ["smooth L1", "one draw", "off-by-one", "dropped", "LayerNorm", "CLS", "cosine", "momentum copy"]),
         ("simmim", ["relative positions", "LayerScale", "drop path", "bias of keys", "1e-5", "epoch 700"]),
+        ("crossmae", ["N(0, 1 / maps)", "Xavier", "last norm", "Table 3d", "A.6", "softmax"]),
+        ("lejepa", ["[0, 3]", "slices", "lambda", "8 small", "colours", "BatchNorm", "SWA", "drop path", "two blocks"]),
     ],
 )
 def test_the_head_of_a_methods_file_says_what_its_paper_leaves_open(method, words):
