@@ -93,7 +93,7 @@ def watch(encoder: VisionTransformer, images: Tensor) -> tuple[list[Seen], Tenso
         attended = block.attn.proj(mixed)
         middle = x + attended
         middle_normed = block.norm2(middle)
-        hidden = block.mlp.act(block.mlp.fc1(middle_normed))
+        hidden = F.gelu(block.mlp.fc1(middle_normed))
         mlp = block.mlp.fc2(hidden)
         seen.append(Seen(x, x_normed, q, k, v, attention, mixed, attended, middle, middle_normed, hidden, mlp))
         x = middle + mlp

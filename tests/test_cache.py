@@ -28,7 +28,7 @@ def test_a_cached_batch_has_the_gradients_of_the_batch_in_one_pass(name, config)
     """With a dropout in the encoder: the second pass over a micro-batch draws as the first did."""
     method, twin = make(name, **config), make(name, **config)
     for m in (method, twin):
-        m.encoder.blocks[0].mlp.drop1 = torch.nn.Dropout(0.2)
+        m.encoder.blocks[0].drop_path1 = torch.nn.Dropout(0.2)
     whole, seen = images(12), []
 
     def views(i):
