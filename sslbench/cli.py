@@ -610,6 +610,18 @@ def doctor(
     answer(as_json, run(console(as_json)))
 
 
+@app.command()
+def clean(as_json: Json = False) -> None:
+    """Remove the cached features of evaluations; what needs them makes them again."""
+    from .evaluate import feature_cache
+
+    files, size = feature_cache.clean()
+    console(as_json).print(
+        f"removed {files} files, {size / 2**30:.2f} GiB, from {feature_cache.folder()}", markup=False
+    )
+    answer(as_json, {"removed_files": files, "freed_gib": round(size / 2**30, 3)})
+
+
 @recipe_app.command("copy")
 def recipe_copy(
     name: Annotated[str, typer.Argument(help="Of `sslbench list recipes`, of any kind; or a file.")],

@@ -31,8 +31,8 @@ def features(tmp_path_factory):
     os.environ["SSLBENCH_HOME"] = str(tmp_path_factory.mktemp("features"))
     subject = open_subject("untrained:vit_mini4", 0, 16)
     train, val = open_split("builtin", "train"), open_split("builtin", "val")
-    x, y = (extract(subject, d, torch.device("cpu"), 0)["mean"] for d in (train, val))
-    again = extract(subject, val, torch.device("cpu"), 0)["mean"]  # from the cache
+    x, y = (extract(subject, d, torch.device("cpu"), 0, "mean") for d in (train, val))
+    again = extract(subject, val, torch.device("cpu"), 0, "mean")  # from the cache
     del os.environ["SSLBENCH_HOME"]
     assert again.equal(y)
     return x, train.labels, y, val.labels

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from test_shards import shard
 
 from sslbench import provenance
 from sslbench.data import open_split, sources, subset
-from sslbench.errors import RunFailed
+from sslbench.errors import RunFailed, UserError
 from sslbench.evaluate import features
 from sslbench.evaluate.features import contents, extract, open_subject
 from sslbench.report.equal import equal
@@ -289,7 +290,7 @@ def bmp_folder(root, noise=0):
 
 def cached(spec, size=32):
     subject = open_subject("untrained:vit_mini4", 0, size)
-    return extract(subject, open_split(spec, "val"), torch.device("cpu"), 0)["mean"]
+    return extract(subject, open_split(spec, "val"), torch.device("cpu"), 0, "mean")
 
 
 def fresh(spec, home, size=32):
@@ -342,16 +343,60 @@ def test_other_statistics_or_heads_have_features_of_their_own(home, tmp_path, ch
         for block in other.encoder.blocks:
             block.attn.num_heads, block.attn.head_dim = 1, other.encoder.arch.dim
             block.attn.scale = other.encoder.arch.dim**-0.5
-    a, b = (extract(s, data, torch.device("cpu"), 0)["mean"] for s in (one, other))
+    a, b = (extract(s, data, torch.device("cpu"), 0, "mean") for s in (one, other))
     assert not a.equal(b)
 
 
 def test_a_damaged_cache_is_made_again(home, tmp_path):
     spec = f"folder:{bmp_folder(tmp_path / 'set')}"
     before = cached(spec)
-    (file,) = (home / "runs/.features").iterdir()
-    flip(file, -3)
+    (file,) = (home / "runs/.features").glob("*_mean.npy")
+    for place in (-3, 200):  # of the checksum, of a row
+        flip(file, place)
+        assert cached(spec).equal(before)
+    file.write_bytes(file.read_bytes()[:100])
     assert cached(spec).equal(before)
+
+
+def test_of_a_large_set_only_the_pool_that_is_asked_for_is_kept_and_numbers_are_the_same(home, tmp_path, monkeypatch):
+    spec = f"folder:{bmp_folder(tmp_path / 'set')}"
+    before = cached(spec)
+    assert {p.name.rpartition("_")[2] for p in (home / "runs/.features").iterdir()} == {
+        "all.npy",
+        "cls.npy",
+        "mean.npy",
+    }
+    monkeypatch.setattr(features, "SMALL", 0)
+    assert fresh(spec, home).equal(before)
+    (file,) = (home / "runs/.features").iterdir()
+    assert file.name.endswith("_mean.npy") and np.load(file).dtype == np.float32
+
+
+def test_cached_features_keep_within_their_limit_the_oldest_leaving_and_clean_removes_all(
+    home, tmp_path, monkeypatch, invoke
+):
+    specs = [f"folder:{bmp_folder(tmp_path / f'set{i}', noise=i)}" for i in range(3)]
+    cached(specs[0])
+    (folder,) = (home / "runs").glob(".features")
+    each = sum(p.stat().st_size for p in folder.iterdir())
+    monkeypatch.setenv("SSLBENCH_CACHE_GIB", str(2.5 * each / 2**30))
+    first = set(folder.iterdir())
+    cached(specs[1])
+    second = set(folder.iterdir()) - first
+    for path in second:
+        os.utime(path, (1, 1))
+    cached(specs[0])  # read again: the other is now the older
+    cached(specs[2])
+    assert first < set(folder.iterdir()) and len(second & set(folder.iterdir())) == 1  # 7 of 9 files
+    facts = json.loads(invoke("doctor", "--json").stdout.splitlines()[-1])
+    assert facts["features_limit_gib"] == pytest.approx(2.5 * each / 2**30)
+    (folder / ".x.npy.1.part").write_bytes(b"left by a process that was killed")
+    done = invoke("clean", "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["removed_files"] == 8 and not [*folder.iterdir()]
+    monkeypatch.setenv("SSLBENCH_CACHE_GIB", "much")
+    with pytest.raises(UserError, match="SSLBENCH_CACHE_GIB=much"):
+        cached(specs[0])
+    assert not [*folder.iterdir()]
 
 
 def test_an_image_that_cannot_be_read_is_content_as_any_other(tmp_path):

@@ -15,6 +15,7 @@ from rich.console import Console
 from .. import provenance
 from ..device import bf16_is_fast, default_device
 from ..errors import UserError
+from ..evaluate import feature_cache
 from ..paths import data_root, home
 from ..transfer.transfer import EXTRA, require
 
@@ -35,6 +36,8 @@ def doctor(console: Console) -> dict[str, Any]:
         **_transfer(),
         "home": str(home().resolve()),
         "disk_free_gib": round(shutil.disk_usage(_existing(home())).free / 2**30, 1),
+        "features_gib": round(feature_cache.used() / 2**30, 2),
+        "features_limit_gib": feature_cache.limit() / 2**30,
         "SSLBENCH_DATA": str(data) if data else None,
     }
     advice = []

@@ -48,7 +48,7 @@ def describe(
         raise UserError(f"data '{spec}': val has {len(val)} image; how images lie to each other takes two at least")
     seed = subject.run.get("seed", 0) if seed is None else seed
     pool, side, workers = subject.pool_of(s.pool), subject.encoder.image[0], recipe.machine.workers
-    x = extract(subject, val, device, workers)[pool].double()
+    x = extract(subject, val, device, workers, pool).double()
     numbers = {
         "rankme": (effective_rank(x), None),
         "effective_rank": (effective_rank(x - x.mean(0)), None),
@@ -59,7 +59,7 @@ def describe(
     conditions: dict[str, dict[str, Any]] = {"alignment": {"views": VIEWS}}
     if second:
         its_pool = second.pool_of(s.pool)
-        numbers["cka"] = cka(x, extract(second, val, device, workers)[its_pool].double()), None
+        numbers["cka"] = cka(x, extract(second, val, device, workers, its_pool).double()), None
         conditions["cka"] = {"with": origin(second), "with_sha256": second.sha256, "with_pool": its_pool}
     protocol, cost, records = protocol_of(recipe, pool, side, val), spent.after(), []
     for metric, (value, error) in numbers.items():

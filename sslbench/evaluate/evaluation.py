@@ -200,7 +200,7 @@ def evaluate(
         return [_train_and_score(recipe, subject, data, seed, console, tuning)]
     data, train, val = _splits(subject, data)
     pool = subject.pool_of(s.pool)
-    features = {d.split: extract(subject, d, device, recipe.machine.workers)[pool] for d in (train, val)}
+    features = {d.split: extract(subject, d, device, recipe.machine.workers, pool) for d in (train, val)}
     assert train.labels is not None and val.labels is not None
     own = subject.run.get("seed", seed or 0)
     if isinstance(s, Knn):
@@ -264,7 +264,7 @@ def _held_out(recipe: EvalRecipe, s: HeldOutKnn, run: str, data: str | None, see
     if train.labels is None:
         raise UserError(f"data '{spec}' has no labels; to select by k-NN needs them")
     pool, side = subject.pool_of(s.pool), subject.encoder.image[0]
-    x, y = extract(subject, train, device, recipe.machine.workers)[pool], train.labels
+    x, y = extract(subject, train, device, recipe.machine.workers, pool), train.labels
     rest, tenth = held_out(len(train))
     right = knn_right(x[rest], y[rest], x[tenth], y[tenth], [s.main_k], s.temperature, device=device)[s.main_k]
     cost, own = spent.after(), subject.run.get("seed", seed or 0)

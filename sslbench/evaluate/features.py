@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..data import ImageSet
 from ..data.images import MemoryImages
 from ..data.loader import evaluation_batches, has_smaller, seed_of
-from ..errors import UserError
-from ..files import digest, write_atomically
+from ..errors import RunFailed, UserError
+from ..files import digest
 from ..method import get_method, methods
 from ..paths import home
 from ..provenance import cores
@@ -31,8 +30,10 @@ from ..train.run import milestone, read_run, read_science
 from ..views import VIEW, normalise
 from ..vit import VisionTransformer, get_arch, initialise
 from ..weights import check_weights, not_finite, tensors_sha256
-from . import public
+from . import feature_cache, public
 from .told import NOTHING, PUBLIC, Told, both, of_timm
+
+SMALL = 128 << 20  # bytes of a pool's features
 
 
 @dataclass
@@ -349,29 +350,30 @@ def load_exactly(encoder: VisionTransformer, tensors: dict[str, Tensor], path: P
 
 @torch.inference_mode()
 def extract(
-    subject: Subject, data: ImageSet, device: torch.device, workers: int, batch: int = 250
-) -> dict[str, Tensor]:
-    """{pool: features (N, D) float32 on the CPU} of every image, one pass for all pools.
+    subject: Subject, data: ImageSet, device: torch.device, workers: int, pool: str, batch: int = 250
+) -> Tensor:
+    """Features (N, D) float32 on the CPU of every image, as the encoder's `pool` has them.
 
     Cached by all that they are made of: weights, arch, statistics, the rule of the view, and the images as they are.
+    Of a small set every pool is kept, since one pass gives them all.
     """
-    size = subject.encoder.image[0]
+    size, encoder = subject.encoder.image[0], subject.encoder
     made_of = [subject.sha256, subject.arch, subject.mean, subject.std, size, VIEW, contents(data)]
-    cache = home() / "runs" / ".features" / f"{subject.sha256[:16]}_{data.split}_{digest(made_of)}.safetensors"
-    if cache.is_file():
-        with contextlib.suppress(SafetensorError), safe_open(cache, "pt") as f:  # a broken one is made again
-            features = load_file(cache)
-            if (f.metadata() or {}).get("sha256") == tensors_sha256(features):
-                return features
-    encoder = subject.encoder.to(device).eval()
-    parts: dict[str, list[Tensor]] = {pool: [] for pool in encoder.pools}
-    for images in evaluation_batches(data, size, batch, device, workers):
-        tokens = encoder(normalise(images, subject.mean, subject.std))
-        for pool in encoder.pools:
-            parts[pool].append(encoder.feature(tokens, pool).float().cpu())
-    features = {pool: torch.cat(p) for pool, p in parts.items()}
-    write_atomically(cache, safetensors_bytes(features, {"sha256": tensors_sha256(features)}))
-    return features
+    name = f"{subject.sha256[:16]}_{data.split}_{digest(made_of)}"
+    if (kept := feature_cache.read(name, pool)) is not None:
+        return kept
+    shape = len(data), encoder.arch.dim
+    pools = encoder.pools if 4 * shape[0] * shape[1] <= SMALL else (pool,)
+    encoder.to(device).eval()
+    with feature_cache.writing(name, dict.fromkeys(pools, shape)) as add:
+        for images in evaluation_batches(data, size, batch, device, workers):
+            tokens = encoder(normalise(images, subject.mean, subject.std))
+            for each in pools:
+                add(each, encoder.feature(tokens, each))
+    made = feature_cache.read(name, pool)
+    if made is None:
+        raise RunFailed(f"the features in {feature_cache.folder()} changed while they were read; try again")
+    return made
 
 
 def view_of(size: int, *sets: ImageSet) -> dict[str, int]:
