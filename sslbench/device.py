@@ -13,6 +13,7 @@ import torch
 PEAK_TFLOPS = {
     "T4": 65, "V100": 125, "A10": 125, "RTX4090": 165, "L40S": 362, "A100": 312, "H100": 989, "H200": 989,
 }  # fmt: skip
+MEMORY_GIB = {"T4": 16, "V100": 32, "A10": 24, "RTX4090": 24, "L40S": 48, "A100": 80, "H100": 80, "H200": 141}
 # Of that peak, for machines that are not here: what OCL's 532 A100 hours for its ViT-L (section 1) come to.
 SHARE = 0.36
 

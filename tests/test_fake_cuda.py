@@ -14,6 +14,7 @@ from sslbench.evaluate.evaluation import eval_recipe
 from sslbench.evaluate.finetune import Classifier
 from sslbench.evaluate.probe import Probe
 from sslbench.recipe import Augment
+from sslbench.train.memory import moved
 from sslbench.vit import VisionTransformer
 
 CUDA = torch.device("cuda", 0)
@@ -30,22 +31,6 @@ class Undrawn(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         kwargs.pop("generator", None)
         return function(*args, **kwargs)
-
-
-def moved(module):
-    """`module.to("cuda")`, which does not exchange fake parameters: what `to` would leave behind stays here."""
-    there = {}
-
-    def move(x):
-        if id(x) not in there:
-            fake = torch.empty(x.shape, dtype=x.dtype, device=CUDA)
-            there[id(x)] = torch.nn.Parameter(fake, x.requires_grad) if isinstance(x, torch.nn.Parameter) else fake
-        return there[id(x)]
-
-    for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            held.update({key: move(x) for key, x in held.items() if x is not None})
-    return module
 
 
 def forget():
@@ -67,7 +52,7 @@ def gpu():
         def build(make_it):
             with unset_fake_temporarily():
                 made = make_it()
-            return moved(made)
+            return moved(made, CUDA)
 
         yield build
     forget()

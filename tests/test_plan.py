@@ -1,6 +1,8 @@
 """`sslbench plan` against the runs that it plans."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +10,7 @@ from sslbench.commands.plan import bytes_sent
 from sslbench.device import PEAK_TFLOPS, SHARE
 from sslbench.recipe import Batch, compose
 from sslbench.train.build import build
+from sslbench.train.memory import held
 
 RUN = ["mae", "--data", "builtin", "--recipe", "mae_smoke", "--epochs", "1"]
 
@@ -38,6 +41,61 @@ def test_another_machine_is_planned_from_flops_and_says_so(invoke):
     assert answer["device_hours"] == pytest.approx(answer["flops"] / (PEAK_TFLOPS["A100"] * 1e12 * SHARE * 3600))
     assert answer["device_hours"] == pytest.approx(532, rel=0.02)  # OCL, section 1: 133 hours on 4 A100
     assert answer["hours"] == pytest.approx(answer["device_hours"] / 4) and "not measured" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "fits", "micro"),
+    [
+        (["ocl", "--arch", "vit_l16", "--on", "A100x4"], True, 512),
+        (["mae", "--arch", "vit_b16", "--on", "T4"], True, 64),
+        (["mae", "--arch", "vit_b16", "--on", "T4", "--set", "machine.micro_batch=512"], False, 128),
+        (["macrl", "--arch", "vit_b4", "--on", "T4"], False, 512),  # by a gradient cache: the same loss
+        (["mae", "--arch", "vit_2048x24_h16_p14_im224", "--on", "T4"], False, None),
+        (["mae", "--arch", "vit_ti4", "--on", "A100x3"], None, None),  # three do not divide the batch
+    ],
+)
+def test_whether_a_step_fits_another_device_is_counted_and_what_would_is_proposed(invoke, args, fits, micro):
+    done = invoke("plan", *args, "--json")
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["fits"] is fits and answer.get("micro_batch") == micro
+    if fits is False and micro:
+        assert f"--set machine.micro_batch={micro} fits" in done.stderr
+        again = json.loads(
+            invoke("plan", *args, "--set", f"machine.micro_batch={micro}", "--json").stdout.splitlines()[-1]
+        )
+        assert again["fits"] and again["peak_memory_gib"] < 0.92 * 16
+
+
+MEASURE = """
+import sys, threading, time, torch
+from sslbench.recipe import compose
+from sslbench.train.build import build
+method = build(compose("mae", science={"arch": "vit_ti16", "data": {"spec": "builtin"}}))
+images = torch.zeros(int(sys.argv[1]), 3, 224, 224, dtype=torch.uint8)
+views = method.build_views(images, torch.Generator().manual_seed(0))
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+most, over = [before := resident()], threading.Event()
+def watch():
+    while not over.wait(0.002):
+        most.append(resident())
+thread = threading.Thread(target=watch)
+thread.start()
+method.loss(method(views))["loss"].backward()
+over.set()
+thread.join()
+print(max(most) - before)
+"""
+
+
+def test_what_a_step_keeps_is_counted_to_a_tenth_of_what_it_takes(environment, tmp_path):
+    few, many = (
+        int(subprocess.run([sys.executable, "-c", MEASURE, n], capture_output=True, text=True, check=True, cwd=tmp_path,
+                           env=environment(tmp_path, {"MALLOC_MMAP_THRESHOLD_": "65536"})).stdout)
+        for n in ("8", "24")
+    )  # fmt: skip
+    counted = held(compose("mae", science={"arch": "vit_ti16", "data": {"spec": "builtin"}}), "cpu", None)
+    assert (many - few) / 16 == pytest.approx(counted.an_image, rel=0.1)
 
 
 @pytest.mark.parametrize(

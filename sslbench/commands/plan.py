@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from .. import provenance
 from ..data import open_split
-from ..device import PEAK_TFLOPS, SHARE, bf16_is_fast, default_device, device_hours
+from ..device import MEMORY_GIB, PEAK_TFLOPS, SHARE, bf16_is_fast, default_device, device_hours
 from ..errors import UserError, nearest
 from ..losses import recorded_gathers
 from ..method import Method
@@ -27,6 +27,7 @@ from ..recipe import Batch, Recipe, length
 from ..train.build import flops_per_image, step_on_shapes
 from ..train.job import Pretraining
 from ..train.loop import fit
+from ..train.memory import ROOM, held, peak, proposed
 from ..train.run import read_run
 from ..train.shard import shards, units
 from ..train.state import KEEP
@@ -72,7 +73,7 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console, link:
     if on:
         if link:
             raise UserError("--link goes with what is measured on this machine; leave --on out")
-        return _elsewhere(answer, on, console)
+        return _elsewhere(answer, recipe, on, console)
     c = _calibrated(recipe, batch, flops, seconds)
     scale = batch.total // batch.world / c.batch
     looks, saves = math.ceil(steps / m.meters_every), math.ceil(steps / m.saves_every(per_epoch, steps))
@@ -221,7 +222,7 @@ def _scaling(answer: dict[str, Any], batch: Batch, step_s: float, rate: float | 
     )
 
 
-def _elsewhere(answer: dict[str, Any], on: str, console: Console) -> dict[str, Any]:
+def _elsewhere(answer: dict[str, Any], recipe: Recipe, on: str, console: Console) -> dict[str, Any]:
     match = re.fullmatch(r"([A-Za-z0-9]+?)(?:x([1-9]\d*))?", on)
     name = next((k for k in PEAK_TFLOPS if match and k.lower() == match[1].lower()), None)
     if name is None or match is None:
@@ -234,7 +235,34 @@ def _elsewhere(answer: dict[str, Any], on: str, console: Console) -> dict[str, A
         f"about {_time(hours)} on {devices} {name}, {hours * devices:,.1f} device hours: not measured, but "
         f"{answer['flops']:.3g} FLOP at {SHARE:.0%} of {devices} x {PEAK_TFLOPS[name]} TFLOP/s"
     )
-    return answer
+    return answer | _memory(recipe, devices, name, console)
+
+
+def _memory(recipe: Recipe, devices: int, name: str, console: Console) -> dict[str, Any]:
+    """Whether a step fits into each device's memory, counted on shapes, and the micro-batch that would."""
+    if recipe.machine.devices == recipe.machine.nodes == 1:
+        recipe = recipe.on(recipe.machine.model_copy(update={"devices": devices}))
+    try:
+        batch = Batch.of(recipe)
+    except UserError as e:  # so many devices do not divide it
+        console.print(f"memory     {e}", markup=False)
+        return {"fits": None}
+    counted, there = held(recipe), MEMORY_GIB[name]
+    room, takes = ROOM * there * 2**30, peak(recipe, counted, batch)
+    fitting = batch.micro if takes <= room else proposed(recipe, counted, room)
+    said = ""
+    if takes > room:
+        said = ": too much; " + (f"--set machine.micro_batch={fitting} fits" if fitting else "no smaller pass fits")
+    console.print(
+        f"memory     about {takes / 2**30:.1f} of {there} GiB a device, counted for passes of {batch.micro} images in "
+        f"16 bits{said}"
+    )
+    return {
+        "peak_memory_gib": round(takes / 2**30, 2),
+        "memory_gib": there,
+        "fits": takes <= room,
+        "micro_batch": fitting,
+    }
 
 
 def _show(answer: dict[str, Any], batch: Batch, console: Console) -> None:
