@@ -140,7 +140,7 @@ def test_a_run_restored_from_a_checkpoint_ends_with_the_same_weights(name, home,
     sets = ["science.batch_size=50", "science.epochs=0.1"]  # 8 steps
     sets += ["machine.save_every=3", "machine.tensorboard=false", "machine.meters_every=4"]
     sets += [*tiny_arch[1::2], *(f"science.method.{key}={value}" for key, value in SMALL.get(name, {}).items())]
-    recipe = compose(name, recipe=f"{name}_smoke", sets=sets)
+    recipe = compose(name, science={"arch": "vit_mini4", "data": {"spec": "builtin"}}, sets=sets)
     pretrain(recipe, home / "r", Console(quiet=True), progress=False)
     whole = load_file(home / "r/weights.safetensors")
     last = sorted((home / "r/checkpoints").glob("*.pt"))[-1]
