@@ -140,7 +140,10 @@ def test_bench_measures_methods_against_the_matmul_peak_each_with_its_own_memory
     assert abs(rows[-1]["peak_memory_gib"] - memory["ocl"]) < 0.15  # whatever ran before
 
 
-@pytest.mark.parametrize("name", METHODS)
+FIVE = ["ocl", "asl", "ccmim", "macrl", "mae"]
+
+
+@pytest.mark.parametrize("name", [*FIVE, *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n not in FIVE)])
 def test_every_methods_smoke_recipe_trains_and_is_evaluated(name, invoke, few_images, tmp_path):
     command = ["pretrain", name, "--recipe", f"{name}_smoke", "--epochs", "2", "--json"]
     done = invoke(*command)

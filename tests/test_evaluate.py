@@ -71,6 +71,7 @@ def test_the_learning_rate_is_chosen_without_a_look_at_val(features):
     assert linear_top1(x, labels, y, truth, seed=0, **settings) == linear_top1(x, labels, y, truth, seed=0, **settings)
 
 
+@pytest.mark.slow
 def test_the_law_of_the_view_is_in_a_protocols_hash_where_its_versions_differ(image_folder, few_images, home):
     """The ledger's numbers of CIFAR, 32 pixels seen at 24 or as they are, keep the hash that they have."""
     ours = [evaluate(eval_recipe("knn"), f"untrained:vit_mini4@{n}", "builtin")[0].protocol.hash for n in (24, 32, 40)]

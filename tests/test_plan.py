@@ -88,6 +88,7 @@ print(max(most) - before)
 """
 
 
+@pytest.mark.slow
 def test_what_a_step_keeps_is_counted_to_a_tenth_of_what_it_takes(environment, tmp_path):
     few, many = (
         int(subprocess.run([sys.executable, "-c", MEASURE, n], capture_output=True, text=True, check=True, cwd=tmp_path,

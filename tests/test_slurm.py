@@ -40,6 +40,7 @@ def cluster(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_job_that_is_told_to_make_room_saves_is_queued_again_and_goes_on(cluster, invoke, environment):
     done = invoke(*RUN, "--slurm", OPTIONS, "--json")
     assert done.exit_code == 0, done.output
