@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -74,8 +75,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _imported() -> list[tuple[str, dict[str, Any]]]:
-    import sys
-
     from ..method import methods
 
     return [(name, _row(c.hybrid, c.presets, sys.modules[c.__module__].__doc__ or "")) for name, c in methods().items()]

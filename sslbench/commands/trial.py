@@ -34,11 +34,12 @@ from ..recipe import Machine, Recipe, compose
 from ..train.build import build
 from ..train.loop import make_fabric
 
-SETS = ["science.arch=vit_48x2_h3_p4_im16", "science.data.spec=builtin", "science.data.image_size=16",
+SETS = ["science.arch=vit_48x2_h3_p4_im32", "science.data.image_size=32",
         "science.batch_size=16", "science.epochs=0.032", "science.optim.lr=5e-5", "machine.precision=32",
         "machine.log_every=1", "machine.save_every=4", "machine.tensorboard=false", "machine.watch=false"]  # fmt: skip
 # How far a step may be from one of float32 on the CPU: its loss and its whole gradient, relative. bf16 on a CPU was off
-# by up to .001 and .04; MoCo v3's gradient by .2, since BatchNorm of features that are still alike magnifies rounding.
+# by up to .001 and .06; LeJEPA's gradient by .1 and MoCo v3's by .2, since BatchNorm of features that are still alike
+# magnifies rounding.
 STEP = {"32": (1e-4, 1e-3), "bf16": (0.02, 0.3), "16": (0.005, 0.1)}
 WEIGHTS = 1e-5  # weights of 8 steps, absolute: another order of the same sums
 MEMORY = 0.1  # a run's peak against what `plan` says, relative
@@ -153,8 +154,8 @@ def _ways(device: str) -> list[tuple[str, bool]]:
     return [(p, c) for p in ("32", *(["bf16"] if bf16_is_fast(device) else []), "16") for c in (False, True)]
 
 
-def _recipe(name: str, *sets: str, **machine: Any) -> Recipe:
-    return compose(name, recipe=f"{name}_smoke", sets=[*SETS, *sets], machine=machine)
+def _recipe(name: str, *sets: str) -> Recipe:
+    return compose(name, science={"arch": "vit_mini4", "data": {"spec": "builtin"}}, sets=[*SETS, *sets])
 
 
 @dataclass
@@ -170,12 +171,15 @@ class Step:
 
 
 class OnViews(nn.Module):
+    """A step as training has it, its views made inside: what goes in is made 16-bit by Fabric where the model is."""
+
     def __init__(self, method: Method) -> None:
         super().__init__()
         self.method = method
+        self.views: dict[str, Tensor] = {}
 
-    def forward(self, views: dict[str, Tensor]) -> Tensor:
-        return self.method.loss(self.method(views))["loss"]
+    def forward(self) -> Tensor:
+        return self.method.loss(self.method(self.views))["loss"]
 
 
 def _reference(name: str) -> Step:
@@ -208,8 +212,10 @@ def _step(reference: Callable[[], Step], precision: str, compiled: bool, of_loss
     fabric = make_fabric(Machine.model_validate({"precision": precision}))
     if compiled:
         method.compile()
-    model = fabric.setup_module(OnViews(method))
-    loss = model({k: v.to(fabric.device) for k, v in of.views.items()})
+    step = OnViews(method)
+    model = fabric.setup_module(step)
+    step.views = {k: v.to(fabric.device) for k, v in of.views.items()}
+    loss = model()
     fabric.backward(loss)
     scaler: Any = getattr(fabric.strategy.precision, "scaler", None)
     gradient = _gradient(method, scaler.get_scale() if scaler else 1.0)
@@ -218,8 +224,8 @@ def _step(reference: Callable[[], Step], precision: str, compiled: bool, of_loss
     off_gradient = float((difference / sum(g.square().sum() for g in of.gradient.values())) ** 0.5)
     method.after_step(0.5)
     with torch.no_grad():
-        views = method.build_views(of.images.to(fabric.device), torch.Generator(fabric.device).manual_seed(0))
-        if not model(views).isfinite():
+        step.views = method.build_views(of.images.to(fabric.device), torch.Generator(fabric.device).manual_seed(0))
+        if not model().isfinite():
             raise RunFailed("the loss of views drawn on the device is not finite")
     return max(off_gradient, off_loss / of_loss), f"loss {off_loss:.1g}, gradient {off_gradient:.1g}"
 
@@ -276,7 +282,7 @@ def _memory(folder: Path) -> tuple[float, str]:
 def _several(folder: Path, world: int, strategy: str) -> tuple[float, str]:
     out = folder / strategy
     sets = [*SETS, "science.method.gather_negatives=true", f"machine.strategy={strategy}"]
-    words = ("ocl", "--recipe", "ocl_smoke", "--devices", str(world), "--out", str(out))
+    words = ("ocl", "--arch", "vit_mini4", "--data", "builtin", "--devices", str(world), "--out", str(out))
     _command("pretrain", *words, *(word for key in sets for word in ("--set", key)))
     return _distance(_whole(folder), out), "8 steps, against one"
 

@@ -39,15 +39,21 @@ def read(name: str, pool: str) -> Tensor | None:
     """Return (N, D) float32, mapped into memory; None where there is no such file, or a damaged one."""
     path = _path(name, pool)
     try:
-        rows = np.load(path, mmap_mode="c")  # copy-on-write: torch wants what could be written
+        rows = mapped(name, pool)
         with open(path, "rb") as f:
             f.seek(-hashlib.sha256().digest_size, os.SEEK_END)
-            if hashlib.sha256(rows.data).digest() != f.read():
+            if hashlib.sha256(rows.numpy().data).digest() != f.read():
                 return None
         os.utime(path)  # the least recently read leaves first
     except (OSError, ValueError, EOFError):
         return None
-    return torch.from_numpy(np.asarray(rows))
+    return rows
+
+
+def mapped(name: str, pool: str) -> Tensor:
+    """As `read`, of a file that this process has just written: its rows are not read to be checked."""
+    # Copy-on-write: torch wants what could be written.
+    return torch.from_numpy(np.asarray(np.load(_path(name, pool), mmap_mode="c")))
 
 
 @contextlib.contextmanager

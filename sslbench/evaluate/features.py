@@ -20,7 +20,7 @@ from torch import Tensor
 from ..data import ImageSet
 from ..data.images import MemoryImages
 from ..data.loader import evaluation_batches, has_smaller, seed_of
-from ..errors import RunFailed, UserError
+from ..errors import UserError
 from ..files import digest
 from ..method import get_method, methods
 from ..paths import home
@@ -370,10 +370,7 @@ def extract(
             tokens = encoder(normalise(images, subject.mean, subject.std))
             for each in pools:
                 add(each, encoder.feature(tokens, each))
-    made = feature_cache.read(name, pool)
-    if made is None:
-        raise RunFailed(f"the features in {feature_cache.folder()} changed while they were read; try again")
-    return made
+    return feature_cache.mapped(name, pool)
 
 
 def view_of(size: int, *sets: ImageSet) -> dict[str, int]:
