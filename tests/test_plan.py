@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sslbench.commands.plan import bytes_sent
 from sslbench.device import PEAK_TFLOPS, SHARE
 from sslbench.recipe import Batch, compose
+from sslbench.train import memory
 from sslbench.train.build import build
 from sslbench.train.memory import held
 
@@ -67,9 +71,47 @@ def test_whether_a_step_fits_another_device_is_counted_and_what_would_is_propose
         assert again["fits"] and again["peak_memory_gib"] < 0.92 * 16
 
 
+@pytest.mark.parametrize("name", ["mae", "ocl"])
+def test_auto_is_the_most_images_a_pass_that_the_memory_holds_and_the_same_run(name, invoke, few_images, monkeypatch):
+    """OCL compares its batch, so that smaller passes go through the gradient cache."""
+    command = ["pretrain", name, "--recipe", f"{name}_smoke", "--data", "builtin", "--epochs", "1"]
+    whole = invoke(*command, "--out", "whole")
+    assert whole.exit_code == 0, whole.stderr
+    micro = Batch.of(compose(name, recipe=f"{name}_smoke")).micro // 4
+    recipe = compose(name, recipe=f"{name}_smoke", machine={"micro_batch": micro, "precision": "32"})
+    batch = Batch.of(recipe)
+    takes = memory.peak(recipe, memory.held(recipe, "cpu", None), batch)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: 1.01 * takes / memory.ROOM_ON_CPU)
+    auto = [*command, "--set", "machine.micro_batch=auto", "--set", "machine.precision=32"]
+    done = invoke(*auto, "--out", "auto")
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert f"micro-batch {micro}: about " in said and f"batch {batch}" in said
+    for key, x in load_file("whole/weights.safetensors").items():
+        assert torch.allclose(x, load_file("auto/weights.safetensors")[key], atol=2e-5), key
+
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: 2**20)
+    none = invoke(*auto, "--out", "none")
+    assert none.exit_code == 2 and "no pass of" in none.stderr and not Path("none").exists()
+
+
+def test_auto_is_for_pretraining(invoke):
+    for command in (["eval", "linprobe"], ["transfer", "coco"]):
+        done = invoke(*command, "untrained:vit_mini4@16", "--data", "builtin", "--set", "machine.micro_batch=auto")
+        assert done.exit_code == 2 and "give a number here, or leave it out" in done.stderr
+    done = invoke("pretrain", "mae", "--set", "machine.micro_batch=0", "--dry-run")
+    assert done.exit_code == 2 and "micro_batch" in done.stderr
+    done = invoke("pretrain", "mae", "--set", "machine.micro_batch=auto", "--dry-run")
+    assert done.exit_code == 0 and "as the device's memory allows" in done.stdout + done.stderr
+    done = invoke("plan", "mae", "--arch", "vit_b16", "--on", "T4", "--set", "machine.micro_batch=auto", "--json")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert done.exit_code == 0 and answer["fits"] and answer["micro_batch"] == 128
+
+
 MEASURE = """
 import sys, threading, time, torch
 from sslbench.recipe import compose
+from sslbench.train import memory
 from sslbench.train.build import build
 method = build(compose("mae", science={"arch": "vit_ti16", "data": {"spec": "builtin"}}))
 images = torch.zeros(int(sys.argv[1]), 3, 224, 224, dtype=torch.uint8)

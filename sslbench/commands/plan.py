@@ -27,7 +27,7 @@ from ..recipe import Batch, Recipe, length
 from ..train.build import flops_per_image, step_on_shapes
 from ..train.job import Pretraining
 from ..train.loop import fit
-from ..train.memory import ROOM, held, peak, proposed
+from ..train.memory import ROOM, fitted, held, peak, proposed
 from ..train.run import read_run
 from ..train.shard import shards, units
 from ..train.state import KEEP
@@ -61,6 +61,7 @@ def plan(recipe: Recipe, seconds: float, on: str | None, console: Console, link:
     """
     if recipe.science.init:  # a step costs the same
         recipe = recipe.model_copy(update={"science": recipe.science.model_copy(update={"init": None})})
+    recipe = recipe if on else fitted(recipe, console)
     batch, s, m = Batch.of(recipe), recipe.science, recipe.machine
     (_, per_epoch, steps), flops = length(recipe), flops_per_image(recipe)
     answer: dict[str, Any] = {"method": recipe.method, "arch": s.arch, "epochs": s.epochs, "steps": steps,
@@ -251,6 +252,9 @@ def _memory(recipe: Recipe, devices: int, name: str, console: Console) -> dict[s
     room, takes = ROOM * there * 2**30, peak(recipe, counted, batch)
     fitting = batch.micro if takes <= room else proposed(recipe, counted, room)
     said = ""
+    if recipe.machine.micro_batch == "auto" and fitting:
+        batch = Batch.of(recipe.on(recipe.machine.model_copy(update={"micro_batch": fitting})))
+        takes = peak(recipe, counted, batch)
     if takes > room:
         said = ": too much; " + (f"--set machine.micro_batch={fitting} fits" if fitting else "no smaller pass fits")
     console.print(

@@ -15,6 +15,7 @@ from ..recipe import Batch, Recipe, dump, length
 from ..train.build import build, flops_per_image
 from ..train.job import run_name
 from ..train.launch import agree
+from ..train.memory import fitted
 from ..train.optim import learning_rate
 from ..train.slurm import Queued, submit
 from ..vit import count_parameters
@@ -60,7 +61,8 @@ def dry(recipe: Recipe, console: Console) -> dict[str, Any]:
                   f"{facts['parameters'] / 1e6:.1f}M with what is thrown away after")  # fmt: skip
     views = method.tokens_per_image()
     console.print(f"tokens      {views} an image in one step (a full image has {method.encoder.n_patches + 1})")
-    console.print(f"batch       {batch}")
+    auto = "; passes as the device's memory allows" if recipe.machine.micro_batch == "auto" else ""
+    console.print(f"batch       {batch}{auto}")
     if method.compares_batch(s.method):
         console.print(f"contrast    {s.contrastive_batch or s.batch_size} images compared in one loss")
     console.print(
@@ -104,7 +106,7 @@ def run(recipe: Recipe, folder: Path, console: Console, slurm: str | None) -> di
     """Train in that folder, or submit the job that does: {"run", "status"}."""
     if slurm is not None:
         return submit(recipe, folder, slurm, console, Pretraining)
-    recipe = recipe.on(agree(recipe.machine))
+    recipe = fitted(recipe.on(agree(recipe.machine)), console)
     console.print(f"batch {Batch.of(recipe)}")
     status = pretrain(recipe, folder, Console(stderr=True, highlight=False))
     console.print(f"{status}: {folder}")

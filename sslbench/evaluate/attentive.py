@@ -131,7 +131,7 @@ class AttentiveJob(ProbeJob):
     metric = "attentive_top1"
 
     def build(self) -> AttentiveProbe:
-        chunk = self.machine.micro_batch
+        chunk = self.machine.images_a_pass
         return AttentiveProbe(self.science, self.subject.encoder, self.augment(), len(self.classes), chunk)
 
     def flops_per_image(self) -> float:

@@ -19,7 +19,7 @@ from ..knn import knn_right
 from ..ledger import Measured, Measurement, Record, checked, to_ledger
 from ..paths import home
 from ..provenance import Spent
-from ..recipe import Machine, find_recipe, merge, parse_sets, read_tree
+from ..recipe import Machine, SetMachine, find_recipe, merge, parse_sets, read_tree
 from ..recipe.settings import shorten_warmup
 from ..stats import mean_interval
 from ..strict import Strict, validate
@@ -99,7 +99,7 @@ class EvalRecipe(Strict):
         | Segknn
         | Function
     ) = Field(discriminator="protocol")
-    machine: Machine = Machine()
+    machine: SetMachine = Machine()
 
 
 def eval_recipe(kind: str, name: str | None = None, sets: list[str] | None = None) -> EvalRecipe:

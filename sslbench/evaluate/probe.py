@@ -153,7 +153,7 @@ class ProbeJob(LabelledJob):
         return Augment(crop_scale=s.crop_scale, flip=s.flip, mean=subject.mean, std=subject.std)  # type: ignore[arg-type]
 
     def build(self) -> FrozenProbe:
-        chunk = self.machine.micro_batch
+        chunk = self.machine.images_a_pass
         return Probe(self.science, self.subject.encoder, self.augment(), len(self.classes), self.pool, chunk)
 
     def batch(self) -> Batch:

@@ -4,7 +4,7 @@ from ..views import Augment
 from .batch import Batch, length
 from .composition import compose, drop_none, problem_of, problems, resolve
 from .read import choose, dump, find_any, find_recipe, load_yaml, merge, parse_sets, read_tree
-from .schema import Data, Epochs, Machine, Optim, Recipe, Science
+from .schema import Data, Epochs, Machine, Optim, Recipe, Science, SetMachine
 
 __all__ = [
     "Augment",
@@ -15,6 +15,7 @@ __all__ = [
     "Optim",
     "Recipe",
     "Science",
+    "SetMachine",
     "choose",
     "compose",
     "drop_none",

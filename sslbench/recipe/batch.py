@@ -31,7 +31,7 @@ class Batch(BaseModel):
         compared = s.contrastive_batch or s.batch_size
         if not method.compares_batch(s.method):
             return cls._exact(
-                s.batch_size, m.micro_batch or s.batch_size // world, world, compared, "machine.micro_batch"
+                s.batch_size, m.images_a_pass or s.batch_size // world, world, compared, "machine.micro_batch"
             )
         gathers = method.gathers_batch(s.method)
         if gathers and compared % world:
@@ -41,27 +41,28 @@ class Batch(BaseModel):
             )
         group = compared // world if gathers else compared  # images of a device that one loss compares
         batch = cls._exact(s.batch_size, group, world, compared, "science.contrastive_batch")
-        if m.micro_batch in (None, group):
+        micro = m.images_a_pass
+        if micro is None or micro == group:
             return batch
         if not method.compared:
             raise UserError(
-                f"machine.micro_batch={m.micro_batch}: {recipe.method} compares the images of a batch, and the recipe "
+                f"machine.micro_batch={micro}: {recipe.method} compares the images of a batch, and the recipe "
                 f"says {compared} of them; it has no `embed` and `compare` for a gradient cache, and a smaller pass "
-                f"would be another loss. Leave micro_batch out, or set science.contrastive_batch={m.micro_batch} (a "
+                f"would be another loss. Leave micro_batch out, or set science.contrastive_batch={micro} (a "
                 f"different number)"
             )
-        if m.micro_batch > group or group % m.micro_batch:
+        if micro > group or group % micro:
             raise UserError(
-                f"machine.micro_batch={m.micro_batch} does not divide {group}, the images of one device that "
+                f"machine.micro_batch={micro} does not divide {group}, the images of one device that "
                 f"{recipe.method} compares; set it to a divisor of that"
             )
-        return batch.model_copy(update={"micro": m.micro_batch, "passes": group // m.micro_batch})
+        return batch.model_copy(update={"micro": micro, "passes": group // micro})
 
     @classmethod
     def divide(cls, total: int, machine: Machine) -> Batch:
         """The batch of what looks at each image by itself, so that any division of it computes the same."""
         world = machine.devices * machine.nodes
-        micro = machine.micro_batch or total // world
+        micro = machine.images_a_pass or total // world
         return cls._exact(total, micro, world, total, "machine.micro_batch")
 
     @classmethod

@@ -98,8 +98,9 @@ class Machine(Strict):
     nodes: int = Field(1, gt=0)
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # fsdp: weights in parts; auto: from vit_h14 on several devices
     precision: Precision = "auto"  # auto: bf16 where the device computes it faster, else 32
-    # Images a forward pass; None: as many as the batch allows. Fewer than a loss compares: see train/cache.py.
-    micro_batch: int | None = Field(None, gt=0)
+    # Images a forward pass; None: as many as the batch allows; auto: as many as the device's memory does
+    # (train/memory.py). Fewer than a loss compares: see train/cache.py.
+    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     workers: int = Field(4, ge=0)  # that decode images; data sets that live in memory need none
     compile: bool = False
     log_every: int = Field(20, gt=0)  # steps; only these wait for the device, and those of meters_every
@@ -110,9 +111,23 @@ class Machine(Strict):
     tensorboard: bool = True
     track: Literal["wandb", "trackio", "mlflow"] | None = None  # gets what TensorBoard gets: train/track.py
 
+    @property
+    def images_a_pass(self) -> int | None:
+        """`micro_batch`, where it is a number. An `auto` that nobody has counted yet is as many as the batch allows."""
+        return None if self.micro_batch == "auto" else self.micro_batch
+
     def saves_every(self, per_epoch: int, total: int) -> int:
         """Steps between the checkpoints of a run of `total` steps."""
         return self.save_every or max(per_epoch, min(total // 100, 500), 1)
+
+
+def without_auto(machine: Machine) -> Machine:
+    if machine.micro_batch == "auto":
+        raise ValueError("micro_batch: auto counts the memory of a pre-training; give a number here, or leave it out")
+    return machine
+
+
+SetMachine = Annotated[Machine, AfterValidator(without_auto)]  # of what is not pre-training
 
 
 class Recipe(Strict):

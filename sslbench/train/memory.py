@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..device import default_device, memory_bytes
 from ..errors import UserError
 from ..recipe import Batch, Recipe
 from .build import build
 from .job import Pretraining
+from .loop import resolve_precision
 from .shard import shards
 
 ROOM = 0.92  # of a device's memory: the rest is the driver's, the kernels' and what the allocator cannot join
+ROOM_ON_CPU = 0.5  # of a computer's, which the system, the page cache and other programs share
 
 
 @dataclass
@@ -50,6 +54,34 @@ def held(recipe: Recipe, device: str = "cuda", dtype: torch.dtype | None = torch
         two, four = (_kept(there, of, torch.device(device), dtype) for of in views.values())
     an_image = (four - two) / 2
     return Held(weights, trained, max(0.0, two - 2 * an_image), an_image)
+
+
+def fitted(recipe: Recipe, console: Console) -> Recipe:
+    """Return `recipe`, where it says `machine.micro_batch: auto` with the most images a pass that its devices hold.
+
+    Devices alike choose alike, without a word between them. UserError where nothing fits.
+    """
+    m = recipe.machine
+    if m.micro_batch != "auto":
+        return recipe
+    device = default_device()
+    dtype = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[resolve_precision(m, device.type)]
+    there = memory_bytes(device)
+    room = there * ROOM if device.type == "cuda" else there * ROOM_ON_CPU / m.devices
+    counted = held(recipe, device.type, dtype)
+    micro = proposed(recipe, counted, room)
+    if micro is None:
+        raise UserError(
+            f"machine.micro_batch=auto: no pass of {recipe.method} {recipe.science.arch} fits into "
+            f"{room / 2**30:.2f} GiB of {device.type}; take a smaller --arch, more devices, or set a number yourself"
+        )
+    recipe = recipe.on(m.model_copy(update={"micro_batch": micro}))
+    takes = peak(recipe, counted, Batch.of(recipe))
+    console.print(
+        f"micro-batch {micro}: about {takes / 2**30:.2f} GiB a device, of {room / 2**30:.1f} that may be taken",
+        markup=False,
+    )
+    return recipe
 
 
 def proposed(recipe: Recipe, counted: Held, room: float) -> int | None:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ..errors import UserError
 from ..files import digest
 from ..recipe import Machine, find_recipe, merge, parse_sets, read_tree
+from ..recipe.schema import without_auto
 from ..strict import Strict, validate
 from ..vit import VisionTransformer, rebuilt_positions
 
@@ -161,6 +162,7 @@ class TransferMachine(Machine):
     def _eager(self) -> TransferMachine:
         if self.compile:
             raise ValueError("compile: detection's shapes change with every image; leave it out")
+        without_auto(self)
         return self
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,10 +19,18 @@ from ..data.loader import decoders
 OURS = ("runtime_info", "timer", "sampler_seed", "logger", "checkpoint")  # hooks whose work the suite does itself
 
 
+class Tester(Runner):
+    """Runner without a log file. mmengine writes into that of the newest Runner when it draws the weights of the next
+    model, where torch.compile may have closed it."""
+
+    def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        return MMLogger.get_instance(self.experiment_name, log_level=log_level, **kwargs)
+
+
 def test(job: Any, net: nn.Module, folder: Path, fabric: Any, metric: Any) -> dict[str, float]:
     """What mmengine's `metric` says of the job's validation images, in order."""
     loader = DataLoader(job.val.dataset, 1, collate_fn=pseudo_collate, **decoders(job.machine.workers, fabric.device))
-    runner = Runner(
+    runner = Tester(
         model=net,
         work_dir=str(folder / "mmengine"),
         test_dataloader=loader,
