@@ -612,13 +612,14 @@ def doctor(
 
 @app.command()
 def clean(as_json: Json = False) -> None:
-    """Remove the cached features of evaluations; what needs them makes them again."""
+    """Remove cached features and lists of files; what needs them makes them again."""
+    from .data import listing
     from .evaluate import feature_cache
 
-    files, size = feature_cache.clean()
-    console(as_json).print(
-        f"removed {files} files, {size / 2**30:.2f} GiB, from {feature_cache.folder()}", markup=False
-    )
+    (files, size), (lists, more) = feature_cache.clean(), listing.clean()
+    files, size = files + lists, size + more
+    where = f"{feature_cache.folder()} and {listing.folder()}"
+    console(as_json).print(f"removed {files} files, {size / 2**30:.2f} GiB, from {where}", markup=False)
     answer(as_json, {"removed_files": files, "freed_gib": round(size / 2**30, 3)})
 
 
@@ -690,5 +691,6 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPU cannot do, the CPU does
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what sockets wait for is said in one message
     app()

@@ -10,6 +10,8 @@ import time
 
 import torch
 
+from .errors import UserError
+
 # Dense peaks in TFLOP/s of bf16 (V100, T4: fp16), from the vendors' data sheets.
 PEAK_TFLOPS = {
     "T4": 65, "V100": 125, "A10": 125, "RTX4090": 165, "L40S": 362, "A100": 312, "H100": 989, "H200": 989,
@@ -20,14 +22,31 @@ SHARE = 0.36
 
 
 def default_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A GPU where there is one (NVIDIA's, AMD's, Apple's), or $SSLBENCH_DEVICE; UserError where that is not here."""
+    there = [*(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+    wanted = os.environ.get("SSLBENCH_DEVICE")
+    if wanted and wanted not in (*there, "cpu"):
+        raise UserError(f"SSLBENCH_DEVICE={wanted}: this machine has {' and '.join((*there, 'cpu'))}")
+    return torch.device(wanted or (*there, "cpu")[0])
+
+
+def device_count(device: str) -> int:
+    """How many of that kind a run may use."""
+    return torch.cuda.device_count() if device == "cuda" else 1
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def memory_bytes(device: torch.device) -> int:
     """A GPU's memory, or the computer's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":  # the part of the computer's that its GPU may take
+        return torch.mps.recommended_max_memory()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

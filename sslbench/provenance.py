@@ -67,7 +67,8 @@ def hardware(device: str = "cpu", devices: int = 1) -> dict[str, Any]:
     """{"device", "devices", "threads"}: what the numbers were computed on."""
     if device == "cuda":
         return {"device": torch.cuda.get_device_name(), "devices": devices, "threads": torch.get_num_threads()}
-    return {"device": _cpu_name(), "devices": devices, "threads": torch.get_num_threads()}
+    name = f"{_cpu_name()} GPU" if device == "mps" else _cpu_name()
+    return {"device": name, "devices": devices, "threads": torch.get_num_threads()}
 
 
 def _cpu_name() -> str:
@@ -77,6 +78,10 @@ def _cpu_name() -> str:
                 return line.split(":", 1)[1].strip()
     except OSError:
         pass
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # macOS
+        said = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5)
+        if said.returncode == 0 and said.stdout.strip():
+            return said.stdout.strip()
     return platform.processor() or platform.machine()
 
 
@@ -85,6 +90,8 @@ def reset_peak_memory(device: str = "cpu") -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
+    if device == "mps":
+        torch.mps.empty_cache()
     gc.collect()
     release_freed_memory()
     with contextlib.suppress(OSError):
@@ -95,6 +102,8 @@ def peak_memory_gib(device: str = "cpu") -> float:
     """The device's peak allocation, or on a CPU the peak resident size of this process, since the last reset."""
     if device == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    if device == "mps":  # what the allocator ever had at once, for it gives nothing back before it is asked
+        return round(torch.mps.driver_allocated_memory() / 2**30, 3)
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -15,7 +15,7 @@ from rich.console import Console
 from .. import provenance
 from ..data import MemoryImages, open_split
 from ..data.loader import MicroBatches
-from ..device import default_device
+from ..device import default_device, synchronize
 from ..errors import UserError
 from ..method import methods
 from ..recipe import Recipe, compose
@@ -116,7 +116,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         for i in range(5):
             start = time.perf_counter()
             a @ b
-            _wait(device)
+            synchronize(device)
             if i:
                 fastest = min(fastest, time.perf_counter() - start)
         best = max(best, 2 * size**3 / fastest)
@@ -124,11 +124,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
             break
         size *= 2
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
@@ -165,7 +160,7 @@ def measure(recipe: Recipe, seconds: float) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(0.5)
-        _wait(fabric.device)
+        synchronize(fabric.device)
         if i < 2:  # allocation, and compilation where asked for
             loader.wait_s, began, end = 0.0, time.perf_counter(), time.perf_counter() + seconds
             energy = provenance.EnergyMeter(fabric.device.type)

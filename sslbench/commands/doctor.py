@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from .. import provenance
-from ..device import bf16_is_fast, default_device
+from ..device import bf16_is_fast, default_device, device_count
 from ..errors import UserError
 from ..evaluate import feature_cache
 from ..paths import data_root, home
@@ -27,8 +27,8 @@ def doctor(console: Console) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         **{k: v for k, v in provenance.versions().items() if k != "python"},
-        "device": provenance.hardware(device, max(1, torch.cuda.device_count()))["device"],
-        "devices": torch.cuda.device_count() if device == "cuda" else 1,
+        "device": provenance.hardware(device, device_count(device))["device"],
+        "devices": device_count(device),
         "cores": provenance.cores(),
         "memory_gib": _memory_gib(),
         "precision_auto": "bf16" if bf16_is_fast(device) else "32",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from .. import ledger, right
+from ..device import default_device, device_count
 from ..errors import UserError
 from ..ledger import Record
 from ..method import get_method, methods
@@ -39,7 +39,8 @@ def quickstart(
         raise UserError(f"--minutes {minutes}: expected a time, such as 5")
     began = time.perf_counter()
     names = asked(named)
-    jobs = min(torch.cuda.device_count() or cores(), len(names))
+    device = default_device().type
+    jobs = min(cores() if device == "cpu" else device_count(device), len(names))
     seconds = 60 * minutes * TRAINING / -(-len(names) // jobs)
     console.print(
         f"{len(names)} methods ({', '.join(names)}) on 4,000 CIFAR-10 images, {jobs} at once, {seconds:.0f} s each; "

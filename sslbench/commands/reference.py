@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..device import default_device, synchronize
 from ..train.build import build
 from ..train.optim import adamw
 from .bench import recipe_of
@@ -51,7 +52,7 @@ def model_of(clone: Path, recipe: Any) -> nn.Module:
 def images_per_s(model: nn.Module, recipe: Any, seconds: float) -> float:
     """Time training steps in bf16 autocast; the median counts, after two to warm up."""
     s = recipe.science
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     model.to(device)
     groups = [{k: g[k] for k in ("params", "weight_decay")} for g in adamw(model, s.optim).param_groups]
     optimizer = torch.optim.AdamW(groups, lr=s.optim.lr, betas=s.optim.betas)
@@ -67,8 +68,7 @@ def images_per_s(model: nn.Module, recipe: Any, seconds: float) -> float:
         nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - start)
         if len(times) == 2:
             end = time.perf_counter() + seconds

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import provenance
 from ..data import open_split
-from ..device import bf16_is_fast, default_device
+from ..device import bf16_is_fast, default_device, device_count
 from ..errors import RunFailed, UserError
 from ..evaluate.start import pretrain
 from ..files import write_json
@@ -98,7 +98,7 @@ def try_out(console: Console) -> dict[str, Any]:
     device = default_device().type
     answer = {
         "ok": all(check.ok for check in done),
-        "hardware": provenance.hardware(device, max(1, torch.cuda.device_count())),
+        "hardware": provenance.hardware(device, device_count(device)),
         "versions": provenance.versions(),
         "checks": [{**asdict(check), "ok": check.ok} for check in done],
     }
@@ -137,7 +137,7 @@ def trials(folder: Path) -> Iterator[Trial]:
                 "use --set machine.workers=0")  # fmt: skip
     yield Trial("memory against plan", device, MEMORY, functools.partial(_memory, folder),
                 "leave more room than `sslbench plan` says")  # fmt: skip
-    world = 2 if device == "cpu" else torch.cuda.device_count()
+    world = 2 if device == "cpu" else device_count(device)
     if world > 1:
         backend, near = ("nccl", 1e-4) if device == "cuda" else ("gloo", WEIGHTS)
         for strategy in ("ddp", "fsdp"):
@@ -149,6 +149,8 @@ def trials(folder: Path) -> Iterator[Trial]:
 
 def _ways(device: str) -> list[tuple[str, bool]]:
     """(precision, compiled): on a CPU nothing is compiled, which takes a method half a minute."""
+    if device == "mps":
+        return [("32", False)]
     if device == "cpu":
         return [("32", False), ("bf16", False)]
     return [(p, c) for p in ("32", *(["bf16"] if bf16_is_fast(device) else []), "16") for c in (False, True)]

@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
+from .listing import Names
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 HIDDEN = (".", "__MACOSX", "@eaDir")  # how names begin of what notebooks, macOS and network disks leave in folders
@@ -136,7 +137,7 @@ class FolderImages(Encoded):
     name: str
     split: str
     root: Path
-    files: list[str]  # relative to root, sorted
+    files: Sequence[str]  # relative to root, sorted
     labels: Tensor | None
     classes: list[str]
 
@@ -146,9 +147,11 @@ class FolderImages(Encoded):
     @cached_property
     def fingerprint(self) -> str:
         """12 hex digits over every file's relative path and size."""
+        if isinstance(self.files, Names) and self.files.fingerprint:
+            return self.files.fingerprint
         digest = hashlib.sha256()
         for f in self.files:
-            digest.update(f"{f}\0{(self.root / f).stat().st_size}\n".encode())
+            digest.update(b"%s\0%d\n" % (os.fsencode(f), (self.root / f).stat().st_size))
         return digest.hexdigest()[:12]
 
     def where(self, index: int) -> str:
@@ -159,7 +162,8 @@ class FolderImages(Encoded):
         return self.root / self.files[index]
 
     def part(self, index: Tensor) -> FolderImages:
-        return replace(self, files=[self.files[i] for i in index.tolist()], labels=_at(self.labels, index))
+        files = self.files.part(index) if isinstance(self.files, Names) else [self.files[i] for i in index.tolist()]
+        return replace(self, files=files, labels=_at(self.labels, index))
 
 
 @dataclass

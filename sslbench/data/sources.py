@@ -27,6 +27,7 @@ from .images import EXTENSIONS, HIDDEN, FolderImages, ImageSet, JoinedImages, Me
 from .instances import FOLDERS, WORDS, locate, read_instances
 from .label_maps import ADE20K_FOLDERS, OWN_FOLDERS
 from .layouts import published, tiny_imagenet
+from .listing import list_files, listing_of
 from .names import data_name
 from .shards import open_shards
 
@@ -288,12 +289,15 @@ def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderIma
         raise UserError(
             f"data '{kind}:{path}': {root} lacks {len(lacking)} of the classes listed: {', '.join(lacking[:5])}"
         )
-    files = sorted(f for top in (only or [""]) for f in _images_under(root, top))
-    if not files:
+    if only:
+        listing = listing_of(sorted(f for top in only for f in _images_under(root, top)))
+    else:
+        listing = list_files(root, functools.partial(_walk, root))
+    if not listing.files:
         raise UserError(f"data '{kind}:{path}': no images under {root} (looked for {', '.join(sorted(EXTENSIONS))})")
-    annotated = tiny_imagenet(root)
-    parents = [annotated.get(os.path.basename(f)) or (f.split(os.sep)[0] if os.sep in f else "") for f in files]
-    classes = sorted(set(parents))
+    if annotated := tiny_imagenet(root):
+        listing = listing_of(listing.files, [annotated.get(os.path.basename(f)) for f in listing.files])
+    classes = sorted(listing.tops)
     if only and (lacking := sorted(set(only) - set(classes))):
         raise UserError(
             f"data '{kind}:{path}': no images in {root} of {len(lacking)} listed classes: {lacking[0]}, ..."
@@ -305,10 +309,10 @@ def _folder(kind: str, path: Path, split: str, whole: bool = False) -> FolderIma
         )
     labels = None
     if "" not in classes:
-        index = {c: i for i, c in enumerate(classes)}
-        labels = torch.tensor([index[p] for p in parents])
+        number = {c: i for i, c in enumerate(classes)}
+        labels = torch.tensor([number[top] for top in listing.tops])[listing.top]
     name = "imagenet" if kind == "imagenet" else path.resolve().name
-    return FolderImages(name, split, root, files, labels, classes if labels is not None else [])
+    return FolderImages(name, split, root, listing.files, labels, classes if labels is not None else [])
 
 
 def _class_list(path: Path) -> tuple[Path, list[str]]:
@@ -326,11 +330,17 @@ def _class_list(path: Path) -> tuple[Path, list[str]]:
 
 def _images_under(root: Path, top: str) -> Iterator[str]:
     """Image files in root/top and below, relative to root, but for what notebooks, macOS and others hide there."""
+    for folder, names in _walk(root, top):
+        for f in names:
+            yield os.path.join(folder, f)
+
+
+def _walk(root: Path, top: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Of root/top and each folder below: its path relative to root, "" for root itself, and its image files."""
     for folder, below, names in os.walk(root / top, followlinks=True):
         below[:] = [name for name in below if not name.startswith(HIDDEN)]
-        for f in names:
-            if is_image(f):
-                yield os.path.relpath(os.path.join(folder, f), root)
+        inside = os.path.relpath(folder, root)
+        yield "" if inside == "." else inside, [f for f in names if is_image(f)]
 
 
 def _bare(name: str, split: str) -> ImageSet:

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from .. import ledger
+from ..device import default_device
 from ..errors import Interrupted, RunFailed, UserError, is_full
 from ..evaluate.start import pretrain
 from ..paths import home
@@ -183,7 +184,7 @@ def start(cell: Cell, slot: int, jobs: int) -> subprocess.Popen[bytes]:
     path.parent.mkdir(parents=True, exist_ok=True)
     mine, env = list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [], dict(os.environ)
     share = mine[slot * len(mine) // jobs : (slot + 1) * len(mine) // jobs] or mine
-    if torch.cuda.is_available():
+    if default_device().type == "cuda":
         visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         devices = visible.split(",")
         env["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]

@@ -37,6 +37,19 @@ def resolve_precision(machine: Machine, device: str) -> str:
     return "bf16" if bf16_is_fast(device) else "32"
 
 
+def _check_mps(machine: Machine, precision: str) -> None:
+    """UserError for what is not offered on Apple's GPUs."""
+    for asked, instead in {
+        f"precision={machine.precision}": "32" if precision != "32-true" else "",
+        f"devices={machine.devices}": "1" if machine.devices * machine.nodes > 1 else "",
+        "compile=true": "false" if machine.compile else "",
+    }.items():
+        if instead:
+            key = asked.split("=")[0]
+            raise UserError(f"machine.{asked} is not offered on Apple's GPU: set machine.{key}={instead}, "
+                            f"or SSLBENCH_DEVICE=cpu")  # fmt: skip
+
+
 def make_fabric(machine: Machine, sharded: bool = False) -> Fabric:
     world = machine.devices * machine.nodes
     device = default_device().type
@@ -47,6 +60,8 @@ def make_fabric(machine: Machine, sharded: bool = False) -> Fabric:
     precision = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[resolve_precision(machine, device)]
     if precision == "16-mixed" and device == "cpu":
         raise UserError("precision 16 needs a GPU; on a CPU use 32 or bf16")
+    if device == "mps":
+        _check_mps(machine, precision)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # precision and devices stand in the run's header
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning_fabric")

@@ -67,7 +67,7 @@ def fitted(recipe: Recipe, console: Console) -> Recipe:
     device = default_device()
     dtype = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[resolve_precision(m, device.type)]
     there = memory_bytes(device)
-    room = there * ROOM if device.type == "cuda" else there * ROOM_ON_CPU / m.devices
+    room = there * ROOM if device.type != "cpu" else there * ROOM_ON_CPU / m.devices
     counted = held(recipe, device.type, dtype)
     micro = proposed(recipe, counted, room)
     if micro is None:
