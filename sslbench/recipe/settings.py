@@ -109,7 +109,7 @@ def settings_for(
         science["contrastive_batch"] = compared = _divisor(batch, most_compared)
         why.append(f"contrast    {compared:,} images: what divides the batch, up to the {most_compared:,} of {name}")
     changed = {"science": science}
-    if micro := machine.get("micro_batch"):
+    if isinstance(micro := machine.get("micro_batch"), int):
         changed["machine"] = {"micro_batch": _divisor(compared or batch, micro)}
     rest = "base lr, warm-up and the method's config" if known else "base lr and warm-up, for want of its own recipe"
     why.append(f"the rest    {theirs.get('epochs', 800):,} epochs, {rest}: {name}")
