@@ -68,7 +68,8 @@ def fitted(recipe: Recipe, console: Console) -> Recipe:
     dtype = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}[resolve_precision(m, device.type)]
     there = memory_bytes(device)
     room = there * ROOM if device.type != "cpu" else there * ROOM_ON_CPU / m.devices
-    counted = held(recipe, device.type, dtype)
+    # Fake tensors of Apple's GPU need a torch that was built for it; those of the CPU are as large.
+    counted = held(recipe, "cuda" if device.type == "cuda" else "cpu", dtype)
     micro = proposed(recipe, counted, room)
     if micro is None:
         raise UserError(
