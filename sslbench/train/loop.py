@@ -39,15 +39,14 @@ def resolve_precision(machine: Machine, device: str) -> str:
 
 def _check_mps(machine: Machine, precision: str) -> None:
     """UserError for what is not offered on Apple's GPUs."""
-    for asked, instead in {
-        f"precision={machine.precision}": "32" if precision != "32-true" else "",
-        f"devices={machine.devices}": "1" if machine.devices * machine.nodes > 1 else "",
-        "compile=true": "false" if machine.compile else "",
-    }.items():
-        if instead:
-            key = asked.split("=")[0]
-            raise UserError(f"machine.{asked} is not offered on Apple's GPU: set machine.{key}={instead}, "
-                            f"or SSLBENCH_DEVICE=cpu")  # fmt: skip
+    world = machine.devices * machine.nodes
+    for refused, asked, instead in (
+        (precision != "32-true", f"machine.precision={machine.precision}", "machine.precision=32"),
+        (world > 1, f"training on {world} devices", "machine.devices=1 and machine.nodes=1"),
+        (machine.compile, "machine.compile=true", "machine.compile=false"),
+    ):
+        if refused:
+            raise UserError(f"{asked} is not offered on Apple's GPU: set {instead}, or SSLBENCH_DEVICE=cpu")
 
 
 def make_fabric(machine: Machine, sharded: bool = False) -> Fabric:
