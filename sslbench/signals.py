@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning_fabric import Fabric
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 AGAIN_S = 1.0  # after which a second SIGINT is another
 

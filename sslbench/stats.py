@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from scipy import stats
+import scipy
 
 K = TypeVar("K", bound=Hashable)
 RESAMPLES = 1000  # of a bootstrap
@@ -17,7 +17,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    half = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * scipy.stats.sem(values)
     return mean, float(half)
 
 
@@ -29,7 +29,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
     differences = np.subtract(a, b)
     mean, half = mean_interval(differences.tolist())
     assert half is not None, "a paired test needs two pairs"
-    p = None if np.ptp(differences) < 1e-9 else float(stats.ttest_rel(a, b).pvalue)
+    p = None if np.ptp(differences) < 1e-9 else float(scipy.stats.ttest_rel(a, b).pvalue)
     return mean, half, p
 
 
@@ -52,14 +52,14 @@ def normal_difference(
     if not error_a or not error_b:
         return a - b, None, None
     error = float(np.hypot(error_a, error_b))
-    return a - b, float(stats.norm.ppf(0.975)) * error, float(2 * stats.norm.sf(abs(a - b) / error))
+    return a - b, float(scipy.stats.norm.ppf(0.975)) * error, float(2 * scipy.stats.norm.sf(abs(a - b) / error))
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     """p of the exact McNemar test. a, b (N,): which of the same images each has right; those that both have do not
     count, and of the others half would be expected either way (McNemar 1947)."""
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return float(scipy.stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def crossed_interval(x: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -76,8 +76,10 @@ def crossed_interval(x: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     statistic: Callable[..., Any] = mean
     if len(seeds) == 1:  # scipy wants two of each
         data, statistic = (x[0],), np.mean
-    drawn = stats.bootstrap(data, statistic, n_resamples=RESAMPLES, batch=20, confidence_level=level, vectorized=True,
-                            method="percentile", rng=np.random.default_rng(0))  # fmt: skip
+    drawn = scipy.stats.bootstrap(
+        data, statistic, n_resamples=RESAMPLES, batch=20, confidence_level=level, vectorized=True, method="percentile",
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from sslbench.errors import UserError
-from sslbench.train.run import hold
+from sslbench.train.folder import hold
 
 COMMAND = ["pretrain", "ocl", "--recipe", "ocl_smoke", "--epochs", "1", "--batch-size", "64", "--set",
            "machine.save_every=3", "--set", "machine.log_every=2", "--set", "machine.tensorboard=false"]  # fmt: skip

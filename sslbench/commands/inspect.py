@@ -31,7 +31,7 @@ from ..recipe import load_yaml, resolve
 from ..report.figures import STYLE, picture
 from ..report.html import render
 from ..train.build import build
-from ..train.run import read_run
+from ..train.folder import read_run
 from ..train.state import newest_checkpoint
 from ..views import normalise
 

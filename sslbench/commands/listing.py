@@ -122,7 +122,7 @@ def _tables() -> list[dict[str, Any]]:
 
 
 def _runs() -> list[dict[str, Any]]:
-    from ..train.run import read_run
+    from ..train.folder import read_run
 
     rows = []
     for path in sorted((home() / "runs").glob("*/run.json")):

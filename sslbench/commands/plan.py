@@ -25,10 +25,10 @@ from ..losses import recorded_gathers
 from ..method import Method
 from ..recipe import Batch, Recipe, length
 from ..train.build import flops_per_image, step_on_shapes
+from ..train.folder import read_run
 from ..train.job import Pretraining
 from ..train.loop import fit
 from ..train.memory import ROOM, fitted, held, peak, proposed
-from ..train.run import read_run
 from ..train.shard import shards, units
 from ..train.state import KEEP
 from .bench import matmul_peak

@@ -11,9 +11,9 @@ from ..errors import Interrupted, RunFailed, UserError, is_full
 from ..paths import home
 from ..recipe import Recipe
 from ..signals import Signals
+from ..train.folder import check_same, read_run
 from ..train.job import identity, run_name
 from ..train.launch import first_process, launched
-from ..train.run import check_same, read_run
 from .pretrain import dry, introduce, run
 
 MOST = 2**31  # seeds are below

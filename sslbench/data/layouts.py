@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
+import scipy
 
 from ..errors import UserError
 
@@ -36,12 +35,12 @@ def published(path: Path, split: str) -> Listing | None:
 
 def _flowers(path: Path, split: str) -> Listing:
     try:
-        parts = loadmat(path / "setid.mat")
-        labels = loadmat(path / "imagelabels.mat")["labels"].ravel()
+        parts = scipy.io.loadmat(path / "setid.mat")
+        labels = scipy.io.loadmat(path / "imagelabels.mat")["labels"].ravel()
         names = ("trnid", "valid") if split == "train" else ("tstid",)
         numbers = sorted(int(i) for name in names for i in parts[name].ravel())
         of = [int(labels[i - 1]) - 1 for i in numbers]
-    except (OSError, KeyError, ValueError, IndexError, MatReadError) as e:
+    except (OSError, KeyError, ValueError, IndexError, scipy.io.matlab.MatReadError) as e:
         raise UserError(f"{path} is not Flowers-102 (jpg/, imagelabels.mat, setid.mat): {e}") from None
     return [f"jpg/image_{i:05}.jpg" for i in numbers], of, [str(c + 1) for c in range(int(labels.max()))]
 

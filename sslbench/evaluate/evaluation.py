@@ -23,9 +23,8 @@ from ..recipe import Machine, SetMachine, find_recipe, merge, parse_sets, read_t
 from ..recipe.settings import shorten_warmup
 from ..stats import mean_interval
 from ..strict import Strict, validate
+from ..train.folder import read_run
 from ..train.launch import launched, leave_the_others, leave_to_first
-from ..train.loop import fit
-from ..train.run import read_run
 from ..views import CropScale
 from ..weights import check_weights, hashes
 from .attentive import Attentive, AttentiveJob
@@ -313,6 +312,8 @@ def _train_and_score(
     kind = FinetuneJob if isinstance(s, Finetune) else AttentiveJob if isinstance(s, Attentive) else ProbeJob
     job: LabelledJob = kind(recipe, subject, spec, train, pool, seed, val)
     folder = home() / "runs" / job.folder_name
+    from ..train.loop import fit  # and Fabric, as slow to import as torch; k-NN and the report need neither
+
     fit(job, folder, console)
     if not leave_the_others():
         raise SystemExit(0)

@@ -26,7 +26,7 @@ from ..method import get_method, methods
 from ..paths import home
 from ..provenance import cores
 from ..recipe import Augment, load_yaml
-from ..train.run import milestone, read_run, read_science
+from ..train.folder import milestone, read_run, read_science
 from ..views import VIEW, normalise
 from ..vit import VisionTransformer, get_arch, initialise
 from ..weights import check_weights, not_finite, tensors_sha256

@@ -8,19 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image, ImageOps
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
-from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
-from timm.data.mixup import Mixup, cutmix_bbox_and_lam
-from timm.data.random_erasing import RandomErasing
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy
 
 from ..data import ImageSet
 from ..data.loader import evaluation_batches, host_seed
@@ -36,6 +31,10 @@ from ..weights import write_weights
 from .features import Subject, read_safetensors
 from .job import LabelledJob
 from .labels import LabelShare
+
+if TYPE_CHECKING:  # timm and torchvision are imported where they are used: k-NN need not wait for them
+    from timm.data.mixup import Mixup
+    from timm.data.random_erasing import RandomErasing
 
 HEAD_STD = 2e-5  # of the head's initial weights
 
@@ -111,8 +110,12 @@ class Distortion:
         """The transform, for images of which that is the shorter side, in pixels."""
         fill = tuple(min(255, round(255 * m)) for m in self.mean)
         if self.words == "cifar10":
+            from torchvision.transforms.autoaugment import AutoAugment, AutoAugmentPolicy
+
             policy = AutoAugment(AutoAugmentPolicy.CIFAR10, fill=list(fill))
             return partial(with_torch_seeded, policy)
+        from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+
         parameters = {
             "translate_const": int(side * 0.45),
             "img_mean": fill,
@@ -139,10 +142,14 @@ def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
 
 
-class DrawnPath(DropPath):
-    """timm's drop path by draws (B,) in 0..1 that it is given, so that they are each image's own."""
+class DrawnPath(nn.Module):
+    """Drop path (Huang et al. 2016) by draws (B,) in 0..1 that it is given, so that they are each image's own."""
 
     draws: Tensor | None = None
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.draws is None or not self.drop_prob:
@@ -167,6 +174,8 @@ def mixed(x: Tensor, targets: Tensor, mix: Mixup, together: int, seed: int, numb
     One draw for every `together` images of the step, in whichever passes they come. Of a batch in random order, these
     pairs are as good as timm's, which are the first with the last.
     """
+    from timm.data.mixup import cutmix_bbox_and_lam
+
     other, others = (a.unflatten(0, (-1, 2)).flip(1).flatten(0, 1) for a in (x, targets))
     x, targets = x.clone(), targets.clone()
     begin = 0
@@ -205,8 +214,10 @@ class Classifier(Method):
         for i, block in enumerate(blocks):
             rate = science.drop_path * i / max(1, len(blocks) - 1)
             block.drop_path1, block.drop_path2 = DrawnPath(rate), DrawnPath(rate)
-        self.mix = None
+        self.mix: Mixup | None = None
         if science.mixup or science.cutmix:
+            from timm.data.mixup import Mixup
+
             self.mix = Mixup(
                 science.mixup,
                 science.cutmix,
@@ -227,6 +238,8 @@ class Classifier(Method):
         if s.erase_p and s.erase_mode == "cutout":
             x = cut_out(x, x.shape[-1] // 2, s.erase_p, generator)
         elif s.erase_p:
+            from timm.data.random_erasing import RandomErasing
+
             erase_(x, RandomErasing(s.erase_p, mode=s.erase_mode, max_count=1, device=x.device.type), seed, numbers)
         if self.mix:
             x, targets = mixed(x, targets, self.mix, s.mix_batch, seed, numbers)

@@ -14,8 +14,6 @@ from ..recipe import Recipe
 from ..train.build import build
 from ..train.job import Pretraining
 from ..train.launch import agree
-from ..train.loop import fit
-from ..train.memory import fitted
 from ..train.start import Start
 from ..vit import PLAIN, get_arch
 from ..weights import tensors_sha256
@@ -70,6 +68,9 @@ def read_start(recipe: Recipe) -> Start:
 
 def pretrain(recipe: Recipe, folder: Path, console: Console, progress: bool = True) -> str:
     """Pre-train `recipe` in `folder`, from weights where it says so; see `train.loop.fit`."""
+    from ..train.loop import fit  # and Fabric, as slow to import as torch; to settle a recipe needs neither
+    from ..train.memory import fitted
+
     start = read_start(recipe) if recipe.science.init else None
     recipe = fitted(recipe.on(agree(recipe.machine)), console)
     return fit(Pretraining(recipe, start), folder, console, progress)

@@ -10,10 +10,10 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import scipy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, NullLocator
-from scipy.optimize import isotonic_regression
 
 from .tables import Row, Table
 
@@ -120,7 +120,7 @@ def _spread(wanted: list[float], heights: list[float], low: float, high: float) 
     With the labels below subtracted, not to overlap is not to descend: the nearest is an isotonic regression.
     """
     below = np.cumsum([0.0, *((a + b) / 2 for a, b in pairwise(heights))])
-    level = isotonic_regression(np.asarray(wanted) - below).x
+    level = scipy.optimize.isotonic_regression(np.asarray(wanted) - below).x
     level = np.clip(level, low + heights[0] / 2, high - heights[-1] / 2 - below[-1])
     return [float(y) for y in level + below]
 

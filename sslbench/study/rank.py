@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from ..stats import block_error, crossed_interval, holm, mcnemar, mean_interval, paired_difference
 from .spec import ENOUGH
@@ -129,7 +129,7 @@ def _difference(a: Numbers, b: Numbers, error: tuple[float, int] | None) -> Diff
     p: float | None = None
     test = "no seed in common"
     if error and error[0] > 0:
-        t = stats.t(error[1])
+        t = scipy.stats.t(error[1])
         p, half = float(2 * t.sf(abs(value) / error[0])), float(t.ppf(0.975)) * error[0]
         low, high, test = value - half, value + half, f"t in blocks of {len(seeds)} seeds, {error[1]} df"
     elif len(seeds) > 1:

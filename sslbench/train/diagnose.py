@@ -6,10 +6,9 @@ Every `machine.meters_every` steps and after the last one; the training itself i
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from ..data import ImageSet
@@ -18,6 +17,9 @@ from ..geometry import effective_rank, spread, uniformity
 from ..method import Method
 from ..views import normalise
 from ..vit import pool_tokens
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 IMAGES = 256  # that the collapse meters look at
 

@@ -6,10 +6,9 @@ import copy
 import json
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from lightning_fabric import Fabric
 from PIL.Image import Image
 from pydantic import BaseModel
 
@@ -23,6 +22,9 @@ from .diagnose import CollapseMeters
 from .optim import adamw, learning_rate, weight_decay
 from .start import Start
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 class Images(Protocol):

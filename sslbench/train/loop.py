@@ -22,10 +22,11 @@ from ..errors import Interrupted, RunFailed, UserError, full, is_full, lost_load
 from ..recipe import Batch, Machine
 from ..signals import Signals
 from .clock import Clock
+from .folder import check_same, hold, read_run
 from .job import Job, on
 from .launch import agree, environment, meet
 from .meter import Running, Stopwatch, note, progress_bar
-from .run import Run, check_same, hold, newest, read_run
+from .run import Run, newest
 from .shard import sharding, shards, unsharded
 from .step import Learner
 from .track import check_tracker, metrics_of

@@ -6,9 +6,9 @@ The training is the same with and without: nothing is drawn, no weight is touche
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from ..data.images import ImageSet, subset
@@ -17,6 +17,9 @@ from ..knn import knn_top1
 from ..method import Method
 from ..views import normalise
 from ..vit import pool_tokens
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 BANK, QUERIES = 1000, 250  # images: of nine tenths of train, and of the tenth that tuning selects by
 K = 20

@@ -12,10 +12,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -31,6 +30,9 @@ from ..train.optim import layer_groups
 from ..vit import RelativeTable
 from ..weights import write_weights
 from .protocol import IterationOptim, TransferRecipe, check_encoder
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass

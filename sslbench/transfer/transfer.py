@@ -19,9 +19,8 @@ from ..files import write_json
 from ..ledger import Measurement, Record, Scale, to_ledger
 from ..paths import home
 from ..provenance import Spent
+from ..train.folder import read_run
 from ..train.launch import leave_the_others
-from ..train.loop import fit, make_fabric
-from ..train.run import read_run
 from ..weights import check_weights, hashes
 from .job import TransferJob, quiet, scope_of
 from .protocol import TransferRecipe
@@ -66,6 +65,8 @@ def transfer(
 
     tuning: what it took to choose the settings of RUN, for the numbers' cost. told: what public weights are.
     """
+    from ..train.loop import fit  # and Fabric, as slow to import as torch, which a study's plan does not need
+
     require()
     kind = recipe.science.protocol
     root = find_data(kind, data)
@@ -101,6 +102,8 @@ def transfer(
 
 def score(job: TransferJob, folder: Path, info: dict[str, Any], tuning: dict[str, Any] | None = None) -> list[Record]:
     """Test the weights of `folder` on val, once, and append what was found; the main number comes first."""
+    from ..train.loop import make_fabric
+
     fabric = make_fabric(job.machine.model_copy(update={"devices": 1, "nodes": 1}))
     spent = Spent(fabric.device.type)
     model = job.build().model
