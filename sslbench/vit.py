@@ -53,6 +53,7 @@ ARCHS: dict[str, Arch] = {
     "vit_b4": Arch(4, 768, 12, 12, 32, "vit_base_patch16_224"),
     "vit_mini4": Arch(4, 192, 6, 3, 32, "vit_tiny_patch16_224"),  # half of vit_ti4, for minutes on two CPU cores
     "vit_micro4": Arch(4, 96, 3, 3, 24, "vit_tiny_patch16_224"),  # quickstart's: for a minute on one
+    "vit_micro6": Arch(6, 96, 3, 3, 24, "vit_tiny_patch16_224"),  # and at half the cost, for studies
     "vit_micro8": Arch(8, 96, 3, 3, 64, "vit_tiny_patch16_224"),  # the same for 64 pixels
     "vit_s8": Arch(8, 384, 12, 6, 224, "vit_small_patch8_224"),  # DINO's
     "vit_b8": Arch(8, 768, 12, 12, 224, "vit_base_patch8_224"),

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from ..errors import Interrupted, RunFailed, UserError, nearest
 from ..recipe import Batch, Machine, Recipe
+from .folder import check_same, read_run
 from .job import identity
 from .launch import first_process
-from .run import check_same, read_run
 
 WARNING_S = 300  # before the end of its time a job gets SIGUSR1; the next log step has to come within that
 
