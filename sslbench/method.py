@@ -141,6 +141,8 @@ def get_method(name: str) -> type[Method]:
             if c.__name__ == cls:
                 return c
         raise UserError(f"no Method named '{cls}' in {path}")
-    if method := methods().get(name):
-        return method
+    if name in _installed().names:
+        return methods()[name]
+    if (file := bundled("methods") / f"{name}.py").is_file() and (found := _load(file)):
+        return found[-1]
     raise UserError(f"unknown method '{name}'{nearest(name, methods())}")

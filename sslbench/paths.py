@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from .errors import UserError
 
@@ -18,10 +21,12 @@ def bundled(name: str) -> Path:
     raise UserError(f"the installation is incomplete: no folder '{name}' beside {package}; reinstall sslbench")
 
 
-def recipe_files(kind: str = "pretrain") -> dict[str, Path]:
-    """Bundled recipes by name: `ocl/vit_l16_imagenet` in pretrain/, `knn` in eval/."""
+@functools.cache
+def recipe_files(kind: str = "pretrain") -> Mapping[str, Path]:
+    """Bundled recipes by name: `ocl/vit_l16_imagenet` in pretrain/, `knn` in eval/. Listed once a process."""
     root = bundled("recipes") / kind
-    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
+    files = sorted(root.rglob("*.yaml"))
+    return MappingProxyType({p.relative_to(root).with_suffix("").as_posix(): p for p in files})
 
 
 def home() -> Path:

@@ -17,6 +17,7 @@ from sslbench.vit import (
     count_parameters,
     get_arch,
     initialise,
+    parameters_of,
     patchify,
     resample_positions,
     sincos_positions,
@@ -130,7 +131,7 @@ def test_patchify_is_row_column_channel_and_unpatchify_inverts_it():
 def test_parameter_counts_are_those_of_the_papers(name, millions):
     with torch.device("meta"):
         n = count_parameters(VisionTransformer(ARCHS[name]))
-    assert round(n / 1e6) == millions
+    assert round(n / 1e6) == millions and n == parameters_of(name)
     assert name != "vit_b16" or n == 85_798_656
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # timm and torchvision are imported where they are used: k-NN
     from timm.data.mixup import Mixup
     from timm.data.random_erasing import RandomErasing
 
+WORDS = ("cifar10", "original", "rand-m9-mstd0.5-inc1")  # of auto_augment, that need not be tried with timm
 HEAD_STD = 2e-5  # of the head's initial weights
 
 
@@ -85,7 +86,7 @@ class Finetune(Strict):
     @field_validator("auto_augment")
     @classmethod
     def _known(cls, words: str | None) -> str | None:
-        if words is not None:
+        if words not in (None, *WORDS):
             try:
                 Distortion(words, (0.5, 0.5, 0.5)).make(32)
             except (AssertionError, ValueError, KeyError, IndexError):  # what timm raises

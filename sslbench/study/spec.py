@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -174,6 +175,6 @@ def write_study(study: Study, path: Path) -> None:
     write_atomically(path, (head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)).encode())
 
 
-def studies() -> dict[str, Path]:
+def studies() -> Mapping[str, Path]:
     """The bundled studies by name."""
     return recipe_files("studies")

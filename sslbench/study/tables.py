@@ -124,6 +124,8 @@ def behind(line: Any, records: list[Record]) -> list[Record]:
         return []
     wanted = (line["metric"], line["dataset"].replace("_", "-"))
     its = [r for r in records if (r.metric, r.dataset.replace("_", "-")) == wanted]
+    if not its:
+        return []
     if run := pretraining_of(line):
         pool, side = get_method(run.recipe.method).pool, run.recipe.science.data.image_size or 0
         protocols = evaluation.protocol_hashes(pool, side)
