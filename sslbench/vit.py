@@ -474,7 +474,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def parameters_of(arch: str) -> int:
-    """How many parameters an encoder of that arch has, positions among them. Counted and not built, as lists ask of all."""
+    """How many parameters an encoder of that arch has, with its positions. Counted and not built: lists ask of all."""
     a = get_arch(arch)
     block = 12 * a.dim**2 + 13 * a.dim  # qkv 3, proj 1, mlp 8; their biases 9, two norms 4
     patches = (a.image // a.patch) ** 2
