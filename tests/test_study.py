@@ -102,14 +102,14 @@ def test_tuning_gives_each_row_the_same_trials_and_does_not_read_val(invoke, stu
     monkeypatch.setattr(
         evaluation, "extract", lambda s, data, *a: features_of.append(data.split) or extract(s, data, *a)
     )
-    path = study(budgets=["320images"], seeds=3, tune={"lr_factors": [0.5, 1, 4]})
+    path = study(budgets=["320images"], seeds=1, tune={"lr_factors": [0.5, 1, 4]})
     done = invoke("study", path, "--json")
     assert done.exit_code == 0, done.stderr
     found = answered(done)
     trials = [c for c in found["cells"] if "trial" in c]
     assert [(c["row"], c["trial"]) for c in trials] == [(r, f) for r in ("mae", "ocl") for f in (0.5, 1, 4)]
     assert {c["seed"] for c in trials} == {10**6}
-    assert {c["seed"] for c in found["cells"] if "trial" not in c} == {0, 1, 2}
+    assert {c["seed"] for c in found["cells"] if "trial" not in c} == {0}
     assert features_of[:6] == ["train"] * 6 and "val" in features_of[6:]  # the trials come first
     selected = [r for r in numbers(tmp_path) if r.metric == "knn_held_out_top1"]
     assert len(selected) == 6 and {(r.n, r.seed) for r in selected} == {(50, 10**6)}
