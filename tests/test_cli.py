@@ -440,6 +440,7 @@ def test_one_corrupt_image_in_a_thousand_is_substituted_and_counted_in_the_run(r
     assert json.loads((tmp_path / "r/run.json").read_text())["substituted"] == 1
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_the_recipe_says(run_sslbench, tmp_path):
     done = run_sslbench("pretrain", "mae", "--recipe", "mae_smoke", "--devices", "2", "--set", "machine.tensorboard=false",
                         "--json", home=tmp_path)  # fmt: skip

@@ -17,7 +17,7 @@ from torch import nn
 
 from sslbench import ledger, provenance
 from sslbench.data import open_split
-from sslbench.evaluate import evaluation, features, finetune, probe, start
+from sslbench.evaluate import evaluation, features, finetune, probe
 from sslbench.method import get_method, methods
 from sslbench.recipe import dump
 from sslbench.report.missing import missing
@@ -26,6 +26,7 @@ from sslbench.report.tables import newest
 from sslbench.study import measure
 from sslbench.study.printed import paper_tables, plugin_of, protocol_of, read_paper
 from sslbench.study.tables import behind, pretraining_of
+from sslbench.train import loop
 from sslbench.train.job import save_weights
 from sslbench.transfer import job as transfer_job
 from sslbench.transfer import transfer
@@ -86,8 +87,7 @@ def virtually(tmp_path, monkeypatch, run_here):
 
     task("coco", [f"{what}_ap{at}" for what in ("bbox", "mask") for at in ("", "50", "75")])
     task("ade20k", ["miou", "aacc", "macc"])
-    for module in (start, evaluation, transfer):
-        monkeypatch.setattr(module, "fit", pretend)
+    monkeypatch.setattr(loop, "fit", pretend)
     monkeypatch.setattr(features, "VisionTransformer", shapes)
     monkeypatch.setattr(features, "load_exactly", lambda *_: None)
     for module in (measure, evaluation):

@@ -87,7 +87,7 @@ def test_a_probe_on_other_images_is_another_run():
     assert first.folder_name != second.folder_name and first.identity != second.identity
 
 
-@pytest.mark.parametrize("recipe", ["linprobe_mocov3", "linprobe_macrl_cifar"])
+@pytest.mark.parametrize("recipe", ["linprobe_mocov3", pytest.param("linprobe_macrl_cifar", marks=pytest.mark.slow)])
 def test_the_other_optimisers_run_from_the_command(invoke, recipe):
     sets = [x for pair in zip(["--set"] * len(QUICK), QUICK, strict=True) for x in pair]
     done = invoke("eval", "linprobe", RUN, "--data", "builtin", "--recipe", recipe, *sets, "--json")

@@ -153,6 +153,7 @@ def test_training_from_scratch_has_the_flops_of_pretraining_and_finetuning(invok
     assert cost["untrained"] == pytest.approx(cost["mae"], rel=0.03) and cost["mae"] > 1e11
 
 
+@pytest.mark.slow
 def test_a_study_measures_segmentation_once(invoke, study, few_images, shared, tmp_path):
     for module in ("mmengine", "mmcv", "mmseg"):
         pytest.importorskip(module, reason="needs the extra `transfer`", exc_type=ImportError)
